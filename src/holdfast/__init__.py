@@ -1,0 +1,83 @@
+"""Holdfast saves and restores the complete state of a PyTorch training run.
+
+    with Checkpointer("runs/digits", {"model": model, "optimizer": optimizer}) as ckpt:
+        for epoch in range(ckpt.epoch, 20):
+            for batch in loader:
+                train_step(batch)
+                ckpt.step()
+            ckpt.end_epoch({"val_loss": validate()})
+
+Running the same script again continues it. The names below are loaded when they are first used: ``import holdfast``
+alone does not import torch, and neither does looking at checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from holdfast._version import __version__
+
+if TYPE_CHECKING:
+    from holdfast import classic, errors
+    from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name, used as holdfast.open
+    from holdfast.checkpointer import Checkpointer
+    from holdfast.format.codecs import register_codec
+    from holdfast.loading import load, restore
+    from holdfast.policies import Every, KeepBest, KeepEvery, KeepLast
+    from holdfast.run import Run
+    from holdfast.saving import save
+    from holdfast.state.report import RestoreReport
+    from holdfast.writer import SaveHandle
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "Checkpointer": "checkpointer",
+    "Every": "policies",
+    "KeepBest": "policies",
+    "KeepEvery": "policies",
+    "KeepLast": "policies",
+    "RestoreReport": "state.report",
+    "Run": "run",
+    "SaveHandle": "writer",
+    "load": "loading",
+    "open": "checkpoint",
+    "register_codec": "format.codecs",
+    "restore": "loading",
+    "save": "saving",
+}
+_MODULES = ("classic", "errors")
+
+__all__ = [  # noqa: PLE0604, F822 - the names are loaded by __getattr__
+    "Checkpoint",
+    "Checkpointer",
+    "Every",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "RestoreReport",
+    "Run",
+    "SaveHandle",
+    "__version__",
+    "classic",
+    "errors",
+    "load",
+    "open",
+    "register_codec",
+    "restore",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"holdfast.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"holdfast.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,468 @@
+"""One committed checkpoint, read without torch."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from holdfast.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    Damage,
+    UnsupportedValueError,
+    storage_errors,
+)
+from holdfast.format import manifest as manifests
+from holdfast.format import safetensors, tree
+from holdfast.format.dtypes import DTYPES
+from holdfast.format.manifest import Annotations, Manifest, Piece, TensorRecord
+from holdfast.format.names import ANNOTATIONS, MANIFEST, CheckpointName, is_auxiliary
+from holdfast.storage.chunks import read_chunks
+from holdfast.storage.local import LocalStore
+from holdfast.storage.scatter import Read, Sink, Span, damaged_chunk, scatter
+from holdfast.storage.store import Store, StoredCheckpoint
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a checkpoint says of one tensor.
+
+    Attributes:
+        dtype: PyTorch's name of the element type, such as ``bfloat16``.
+        shape: the global shape.
+        nbytes: bytes of the whole tensor.
+        alias_of: the tensor it is tied to, as ``entry/name``; None when it is stored itself.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    alias_of: str | None = None
+
+
+class Checkpoint:
+    """A committed checkpoint, read-only. Made by :func:`open` and :class:`Run`; needs no torch.
+
+    It holds no file open between calls, and may be used from several threads. What it says is what its manifest said
+    when it was opened; reading fails with ``CheckpointNotFoundError`` when the checkpoint has been removed since.
+    """
+
+    def __init__(self, store: Store, name: str, manifest: Manifest, annotations: Annotations) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._annotations = annotations
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.path!r}, step={self.step}, epoch={self.epoch})"
+
+    # ------------------------------------------------------------------------------------------------ what it says
+
+    @property
+    def path(self) -> str:
+        """The directory of the checkpoint."""
+        return os.path.join(self._store.path, self.name)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+        return self._manifest.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which training continues from here."""
+        return self._manifest.epoch
+
+    @property
+    def generation(self) -> int:
+        """1, or higher when its run had a checkpoint of the same step before."""
+        parsed = CheckpointName.parse(self.name)
+        return 1 if parsed is None else parsed.generation
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What was measured of this state, at the save or later."""
+        decoded = tree.decode({**self._manifest.metrics, **self._annotations.metrics}, tree.OpaqueLeaves())
+        return dict(decoded)
+
+    @property
+    def created_at(self) -> datetime.datetime:
+        """When it was saved, in UTC."""
+        return datetime.datetime.fromisoformat(self._manifest.created_at)
+
+    @property
+    def reason(self) -> str:
+        """Why it was saved, in words."""
+        return self._manifest.reason
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Its own id, 32 hex digits."""
+        return self._manifest.checkpoint_id
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run that it belongs to."""
+        return self._manifest.run_id
+
+    @property
+    def parent(self) -> str | None:
+        """The id of the checkpoint from which the process that saved it had resumed; None when it started anew."""
+        return self._manifest.parent
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions and world size at the save."""
+        return dict(self._manifest.environment)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is kept whatever the retention policy says."""
+        return self._annotations.pinned
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Labels given to it."""
+        return self._annotations.tags
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data files."""
+        return self._manifest.nbytes
+
+    @property
+    def manifest(self) -> Manifest:
+        """The whole manifest."""
+        return self._manifest
+
+    @property
+    def annotations(self) -> Annotations:
+        """What was learned after the save."""
+        return self._annotations
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by ``entry/name``, tied ones included."""
+        found = {}
+        for entry, records in self._manifest.tensors.items():
+            for name, record in records.items():
+                found[f"{entry}/{name}"] = TensorInfo(record.dtype, record.shape, record.nbytes)
+            for alias, name in self._manifest.aliases.get(entry, {}).items():
+                record = records[name]
+                found[f"{entry}/{alias}"] = TensorInfo(record.dtype, record.shape, record.nbytes, f"{entry}/{name}")
+        return found
+
+    def state_tree(self) -> dict[str, Any]:
+        """The saved state with everything but torch's own values decoded; tensors stand as ``Opaque`` leaves."""
+        with self._decoding():
+            return {
+                entry: tree.decode(node, tree.OpaqueLeaves())
+                for entry, node in self._manifest.state.items()
+                if not entry.startswith("_")
+            }
+
+    # ---------------------------------------------------------------------------------------------------- its bytes
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """One tensor as a new numpy array, its chunks verified. Blocks.
+
+        Args:
+            name: ``entry/name``, as in ``tensors``.
+
+        Raises:
+            KeyError: there is no such tensor.
+            UnsupportedValueError: numpy has no such element type (bfloat16, float8); use ``holdfast.load``.
+            CorruptCheckpointError: the bytes are not those that were written.
+        """
+        entry, _, tensor = name.partition("/")
+        record = self._manifest.record(entry, tensor)
+        numpy_name = DTYPES[record.dtype].numpy
+        if numpy_name is None:
+            raise UnsupportedValueError(
+                f"{name}: numpy has no {record.dtype}; holdfast.load({self.path!r}, only={name!r}) gives a torch tensor.",
+                key=name,
+            )
+        array = np.empty(record.shape, numpy_name)
+        self.read_pieces([(name, piece, _box_sink(array, piece)) for piece in record.pieces])
+        return array
+
+    def read_pieces(self, wanted: Iterable[tuple[str, Piece, Sink]]) -> None:
+        """Read pieces of tensors, each chunk verified before any of its bytes reach a sink. Blocks.
+
+        Args:
+            wanted: for each piece: the tensor's ``entry/name``, the piece, and what takes its bytes.
+
+        Raises:
+            CorruptCheckpointError: names file, chunk and tensors.
+            CheckpointNotFoundError: the checkpoint was removed since it was opened.
+        """
+        by_file: dict[str, list[Read]] = {}
+        for label, piece, sink in wanted:
+            entry, _, name = label.partition("/")
+            itemsize = DTYPES[self._manifest.record(entry, name).dtype].itemsize
+            span = Span(label, piece.begin, math.prod(piece.shape) * itemsize)
+            by_file.setdefault(piece.file, []).append(Read(span, sink))
+        if not by_file:
+            return
+        spans = self._spans()
+        with self._opened() as stored:
+            for file_name, reads in by_file.items():
+                file = stored.open_file(file_name)
+                try:
+                    damage = scatter(file, file_name, self._manifest.files[file_name], reads, spans[file_name])
+                finally:
+                    file.close()
+                if damage:
+                    raise CorruptCheckpointError.at(self.path, damage, self.step)
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Read every byte and compare it with its checksum. Blocks.
+
+        Args:
+            progress: called with the number of bytes checked since its last call.
+
+        Raises:
+            CorruptCheckpointError: lists all damage, not only the first.
+            CheckpointNotFoundError: the checkpoint was removed since it was opened.
+        """
+        damage = []
+        spans = self._spans()
+        with self._opened() as stored:
+            damage += _structure_damage(stored, self._manifest)
+            damage += _annotations_damage(stored)
+            missing = {item.file for item in damage}
+            for name in self._manifest.files:
+                if name not in missing:
+                    damage += self._verify_file(stored, name, spans[name], progress)
+        if damage:
+            raise CorruptCheckpointError.at(self.path, damage, self.step)
+
+    def _verify_file(
+        self, stored: StoredCheckpoint, name: str, spans: Sequence[Span], progress: Progress | None
+    ) -> list[Damage]:
+        record = self._manifest.files[name]
+        damage = []
+        file = stored.open_file(name)
+        try:
+            for index, data in read_chunks(file, record, range(len(record.xxh3_128))):
+                if data is None:
+                    damage.append(damaged_chunk(name, record, index, spans))
+                if progress is not None:
+                    progress(min(record.chunk_bytes, record.bytes - index * record.chunk_bytes))
+            if not damage:
+                damage += _header_damage(file, name, self._manifest)
+        finally:
+            file.close()
+        return damage
+
+    def _spans(self) -> dict[str, list[Span]]:
+        spans: dict[str, list[Span]] = {name: [] for name in self._manifest.files}
+        for entry, records in self._manifest.tensors.items():
+            for name, record in records.items():
+                itemsize = DTYPES[record.dtype].itemsize
+                for piece in record.pieces:
+                    nbytes = math.prod(piece.shape) * itemsize
+                    spans[piece.file].append(Span(f"{entry}/{name}", piece.begin, nbytes))
+        return spans
+
+    @contextmanager
+    def _opened(self) -> Iterator[StoredCheckpoint]:
+        """The checkpoint's files, locked against removal, and still those that the manifest speaks of."""
+        with _reading(self.path, self.step):
+            stored = self._store.open(self.name)
+            try:
+                stored.lock()
+                current = _read_manifest(stored)
+                if current.checkpoint_id != self.checkpoint_id:
+                    raise CheckpointNotFoundError(
+                        f"{self.path} is another checkpoint now than when it was opened; open it again.", path=self.path
+                    )
+                yield stored
+            finally:
+                stored.close()
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise CorruptCheckpointError.at(self.path, [Damage(MANIFEST, str(error))], self.step) from error
+
+
+def open_checkpoint(store: Store, name: str) -> Checkpoint:
+    """The checkpoint called ``name``: its manifest validated, its files all there and of the right sizes.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CorruptCheckpointError: what is there is not whole.
+        FormatVersionError: a newer Holdfast wrote it.
+    """
+    path = os.path.join(store.path, name)
+    with _reading(path):
+        stored = store.open(name)
+        try:
+            manifest = _read_manifest(stored)
+            damage = _structure_damage(stored, manifest)
+            if damage:
+                raise CorruptCheckpointError.at(path, damage, manifest.step)
+            return Checkpoint(store, name, manifest, _read_annotations(stored))
+        finally:
+            stored.close()
+
+
+def open(path: str | os.PathLike[str]) -> Checkpoint:  # noqa: A001 - the public name, used as holdfast.open
+    """Open a checkpoint for reading. Needs no torch; reads the manifest and checks the sizes of the files.
+
+    Args:
+        path: the directory of one checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: there is none; when ``path`` is a run, the message names its newest.
+        CorruptCheckpointError: what is there is not whole.
+        FormatVersionError: a newer Holdfast wrote it.
+    """
+    absolute = os.path.abspath(os.fspath(path))
+    store = LocalStore(os.path.dirname(absolute))
+    return open_checkpoint(store, os.path.basename(absolute))
+
+
+@contextmanager
+def _reading(path: str, step: int | None = None) -> Iterator[None]:
+    """The file system's errors while reading the checkpoint at ``path``, in the words of checkpoints."""
+    with storage_errors("cannot read", path):
+        try:
+            yield
+        except CheckpointNotFoundError:
+            raise
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointNotFoundError(_why_not_found(path), path=path, step=step) from error
+
+
+def _why_not_found(path: str) -> str:
+    if os.path.isfile(path):
+        return f"{path} is a file; a checkpoint is a directory with a {MANIFEST}."
+    if not os.path.isdir(path):
+        return f"{path} does not exist; expected the directory of a checkpoint."
+    inside = sorted(filter(None, map(CheckpointName.parse, os.listdir(path))))
+    if inside:
+        return f"{path} is a run of {len(inside)} checkpoints, not one; open one of them, such as {inside[-1]}."
+    return f"{path} has no {MANIFEST}: it is not a checkpoint."
+
+
+def _read_manifest(stored: StoredCheckpoint) -> Manifest:
+    try:
+        data = stored.read_whole(MANIFEST, manifests.MAX_MANIFEST_BYTES)
+        return manifests.decode(data, os.path.join(stored.path, MANIFEST))
+    except CorruptCheckpointError:
+        raise
+    except ValueError as error:
+        if isinstance(error, manifests.FormatVersionError):
+            raise
+        raise CorruptCheckpointError.at(stored.path, [Damage(MANIFEST, str(error))]) from error
+
+
+def _read_annotations(stored: StoredCheckpoint) -> Annotations:
+    """The annotations; none where there are none, and none, with a warning, where they are broken: no state is lost."""
+    for damage in _annotations_damage(stored):
+        warnings.warn(f"{stored.path}: {damage}; its later metrics, pin and tags are not known.", stacklevel=2)
+        return Annotations()
+    try:
+        return manifests.decode_annotations(stored.read_whole(ANNOTATIONS, manifests.MAX_ANNOTATIONS_BYTES))
+    except FileNotFoundError:
+        return Annotations()
+
+
+def _annotations_damage(stored: StoredCheckpoint) -> list[Damage]:
+    try:
+        manifests.decode_annotations(stored.read_whole(ANNOTATIONS, manifests.MAX_ANNOTATIONS_BYTES))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        return [Damage(ANNOTATIONS, str(error))]
+    return []
+
+
+def _structure_damage(stored: StoredCheckpoint, manifest: Manifest) -> list[Damage]:
+    """Files that are missing, of another size, or not part of the checkpoint."""
+    damage = []
+    present = set(stored.names())
+    for name, record in manifest.files.items():
+        if name not in present:
+            damage.append(Damage(name, "is missing", tensors=_tensors_in(manifest, name)))
+            continue
+        try:
+            file = stored.open_file(name)
+        except ValueError as error:
+            damage.append(Damage(name, str(error), tensors=_tensors_in(manifest, name)))
+            continue
+        nbytes = file.nbytes
+        file.close()
+        if nbytes != record.bytes:
+            what = f"has {nbytes} bytes, expected {record.bytes}"
+            damage.append(Damage(name, what, tensors=_tensors_in(manifest, name)))
+    strangers = sorted(name for name in present - set(manifest.files) if not is_auxiliary(name))
+    return damage + [Damage(name, "is not part of the checkpoint") for name in strangers]
+
+
+def _tensors_in(manifest: Manifest, file: str) -> tuple[str, ...]:
+    return tuple(
+        f"{entry}/{name}"
+        for entry, records in manifest.tensors.items()
+        for name, record in records.items()
+        if any(piece.file == file for piece in record.pieces)
+    )
+
+
+def _header_damage(file: Any, name: str, manifest: Manifest) -> list[Damage]:
+    """Where the safetensors header, whose bytes are intact, tells another story than the manifest."""
+    first = memoryview(bytearray(8))
+    file.read_into(0, first)
+    try:
+        length = safetensors.header_length(bytes(first), file.nbytes)
+        prefix = memoryview(bytearray(length))
+        file.read_into(0, prefix)
+        layout = safetensors.parse(bytes(prefix), file.nbytes)
+    except ValueError as error:
+        return [Damage(name, f"its safetensors header: {error}")]
+    stored = {tensor.name: (tensor.code, tensor.shape, tensor.begin) for tensor in layout.tensors}
+    for entry, records in manifest.tensors.items():
+        for tensor, record in records.items():
+            for piece in record.pieces:
+                expected = (DTYPES[record.dtype].code, DTYPES[record.dtype].stored_shape(piece.shape), piece.begin)
+                if piece.file == name and stored.get(piece.name) != expected:
+                    return [Damage(name, "its header and the manifest disagree", tensors=(f"{entry}/{tensor}",))]
+    return []
+
+
+def _box_sink(array: np.ndarray[Any, Any], piece: Piece) -> Sink:
+    """Bytes of a piece into its box of ``array``."""
+    offset = piece.offset or (0,) * array.ndim
+    box = array[tuple(slice(start, start + size) for start, size in zip(offset, piece.shape, strict=True))]
+    if box.flags.c_contiguous:
+        flat = box.reshape(-1).view(np.uint8)
+
+        def fill(begin: int, data: memoryview) -> None:
+            flat[begin : begin + len(data)] = data
+
+        return fill
+    staged = bytearray()
+
+    def gather(begin: int, data: memoryview) -> None:
+        staged.extend(data)
+        if len(staged) == box.nbytes:
+            box[...] = np.frombuffer(staged, array.dtype).reshape(piece.shape)
+
+    return gather
+
+
+__all__ = ["Checkpoint", "TensorInfo", "TensorRecord", "open", "open_checkpoint"]

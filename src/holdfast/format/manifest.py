@@ -1,0 +1,229 @@
+"""The manifest: what a checkpoint holds, where each byte of it lies, and what those bytes must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from holdfast.errors import FormatVersionError
+from holdfast.format import envelope, strict_json
+from holdfast.format.dtypes import DTYPES
+from holdfast.format.names import MAX_STEP, is_data_file_name, is_entry_name
+
+FORMAT = "holdfast/1"
+CHUNK_BYTES = 8 * 2**20
+MAX_MANIFEST_BYTES = 2**30
+MAX_ANNOTATIONS_BYTES = 2**24
+MAX_DIMENSIONS = 64
+_MAX_BYTES = 2**63 - 1
+_MAX_CHUNK_BYTES = 2**30
+_MEMORY_FORMATS = ("contiguous", "channels_last", "channels_last_3d")
+_SUPPORTED_BY = {FORMAT: "0.1"}
+
+
+class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A box of a tensor, stored in one file.
+
+    Attributes:
+        file: the data file's name.
+        name: the tensor's name in that file.
+        begin: where its bytes begin, from the start of the file.
+        shape: the box's shape; empty for a scalar, equal to the tensor's unless sharded.
+        offset: where the box starts in the whole tensor, per dimension; empty for the origin.
+    """
+
+    file: str
+    name: str
+    begin: int
+    shape: tuple[int, ...]
+    offset: tuple[int, ...] = ()
+
+
+class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One tensor or array: what it is and of which pieces it is made.
+
+    Attributes:
+        dtype: PyTorch's name of the element type.
+        shape: the global shape.
+        pieces: one unless sharded.
+        memory_format: how the saved tensor lay in memory; its bytes in the file are always in logical order.
+        device: where the saved tensor lived, such as ``cpu`` or ``cuda:1``.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    memory_format: str = "contiguous"
+    device: str = "cpu"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A data file: its size, and the xxh3_128 of each chunk of ``chunk_bytes`` (the last may be shorter)."""
+
+    bytes: int
+    chunk_bytes: int
+    xxh3_128: tuple[str, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything about a checkpoint but its tensors' bytes. Times are UTC, ISO 8601."""
+
+    format: str
+    checkpoint_id: str
+    run_id: str
+    parent: str | None
+    step: int
+    epoch: int
+    created_at: str
+    reason: str
+    metrics: dict[str, Any]
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, TensorRecord]]
+    aliases: dict[str, dict[str, str]]
+    files: dict[str, FileRecord]
+    environment: dict[str, Any]
+
+    def record(self, entry: str, name: str) -> TensorRecord:
+        """The record of tensor ``name`` of ``entry``, through its alias if it has one; KeyError when there is none."""
+        canonical = self.aliases.get(entry, {}).get(name, name)
+        return self.tensors[entry][canonical]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all data files."""
+        return sum(record.bytes for record in self.files.values())
+
+
+class Annotations(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What was learned of a checkpoint after it was made. Losing it loses no state."""
+
+    metrics: dict[str, Any] = {}
+    pinned: bool = False
+    tags: tuple[str, ...] = ()
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of ``manifest.json``."""
+    return envelope.seal("manifest", msgspec.json.encode(manifest))
+
+
+def decode(data: bytes, path: str) -> Manifest:
+    """The manifest in ``data``, checked as far as that goes without its files.
+
+    Args:
+        data: the bytes of ``manifest.json``.
+        path: where they were found, for errors.
+
+    Raises:
+        ValueError: what is wrong with it.
+        FormatVersionError: it was written in another version of the format.
+    """
+    inner = envelope.unseal("manifest", data)
+    _check_version(inner, path)
+    manifest = strict_json.decode(inner, Manifest)
+    _check(manifest)
+    return manifest
+
+
+def encode_annotations(annotations: Annotations) -> bytes:
+    """The bytes of ``annotations.json``."""
+    return envelope.seal("annotations", msgspec.json.encode(annotations))
+
+
+def decode_annotations(data: bytes) -> Annotations:
+    """The annotations in ``data``; ValueError says what is wrong."""
+    return strict_json.decode(envelope.unseal("annotations", data), Annotations)
+
+
+class _Version(msgspec.Struct):
+    format: str
+
+
+def _check_version(inner: bytes, path: str) -> None:
+    found = _version(inner)
+    if found != FORMAT:
+        raise FormatVersionError(
+            f"{path} is in format {found!r}; this Holdfast reads {', '.join(_SUPPORTED_BY)}. "
+            "A newer Holdfast wrote it: upgrade to read it (pip install --upgrade holdfast). It was left as it is.",
+            path=path,
+            key="format",
+        )
+
+
+def _version(inner: bytes) -> str:
+    """The ``format`` field alone, whatever else the object holds."""
+    try:
+        return msgspec.json.decode(inner, type=_Version).format
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not a manifest: {error}") from error
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse whatever the types alone do not."""
+    _require(0 <= manifest.step <= MAX_STEP, f"step {manifest.step} is out of range")
+    _require(0 <= manifest.epoch <= MAX_STEP, f"epoch {manifest.epoch} is out of range")
+    for name, file in manifest.files.items():
+        _require(is_data_file_name(name), f"{name!r} is not the name of a data file")
+        _check_file(name, file)
+    _require(set(manifest.state) == set(manifest.tensors), "state and tensors name different entries")
+    for entry, tensors in manifest.tensors.items():
+        _require(entry.startswith("_") or is_entry_name(entry), f"{entry!r} is not the name of an entry")
+        for name, record in tensors.items():
+            _check_tensor(f"{entry}/{name}", record, manifest.files)
+    for entry, aliases in manifest.aliases.items():
+        for alias, name in aliases.items():
+            known = manifest.tensors.get(entry, {})
+            _require(name in known and alias not in known, f"{entry}/{alias} is an alias of no tensor")
+
+
+def _check_file(name: str, file: FileRecord) -> None:
+    _require(0 <= file.bytes <= _MAX_BYTES, f"{name}: {file.bytes} bytes is out of range")
+    _require(4096 <= file.chunk_bytes <= _MAX_CHUNK_BYTES, f"{name}: chunks of {file.chunk_bytes} bytes")
+    chunks = -(-file.bytes // file.chunk_bytes)
+    _require(len(file.xxh3_128) == chunks, f"{name}: expected {chunks} checksums, found {len(file.xxh3_128)}")
+    _require(all(len(checksum) == 32 for checksum in file.xxh3_128), f"{name}: a checksum is not 32 hex digits")
+
+
+def _check_tensor(where: str, record: TensorRecord, files: Mapping[str, FileRecord]) -> None:
+    dtype = DTYPES.get(record.dtype)
+    _require(dtype is not None, f"{where}: unknown dtype {record.dtype!r}")
+    _require(record.memory_format in _MEMORY_FORMATS, f"{where}: unknown memory format {record.memory_format!r}")
+    _require(_is_shape(record.shape), f"{where}: impossible shape {record.shape}")
+    _require(len(record.pieces) > 0, f"{where}: has no pieces")
+    assert dtype is not None
+    for piece in record.pieces:
+        offset = piece.offset or (0,) * len(record.shape)
+        _require(
+            _is_shape(piece.shape)
+            and len(piece.shape) == len(offset) == len(record.shape)
+            and all(
+                0 <= start and start + size <= whole
+                for start, size, whole in zip(offset, piece.shape, record.shape, strict=True)
+            ),
+            f"{where}: a piece of shape {piece.shape} at {offset} is not within {record.shape}",
+        )
+        _require(piece.file in files, f"{where}: lies in {piece.file!r}, which the manifest does not list")
+        end = piece.begin + math.prod(piece.shape) * dtype.itemsize
+        _require(0 <= piece.begin and end <= files[piece.file].bytes, f"{where}: lies outside {piece.file}")
+    # Pieces that do not overlap need not be proven here: what they cover is. Equal volume shows a hole or an overlap.
+    covered = sum(math.prod(piece.shape) for piece in record.pieces)
+    _require(covered == math.prod(record.shape), f"{where}: its pieces cover {covered} elements of {record.shape}")
+
+
+def _is_shape(shape: tuple[int, ...]) -> bool:
+    return (
+        len(shape) <= MAX_DIMENSIONS and all(0 <= size <= _MAX_BYTES for size in shape) and math.prod(shape) <= _MAX_BYTES
+    )
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)

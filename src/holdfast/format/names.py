@@ -1,0 +1,138 @@
+"""The names of files and directories, in both directions: one grammar, strict.
+
+Anything that does not match is a stranger's, and is never touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from holdfast.errors import UsageError
+
+MANIFEST = "manifest.json"
+ANNOTATIONS = "annotations.json"
+DATA_SUFFIX = ".safetensors"
+MAX_STEP = 10**12 - 1
+MAX_ENTRY_NAME = 100
+
+_STEP = re.compile(r"step-([0-9]{12})(?:\.g([2-9]|[1-9][0-9]{1,8}))?", re.ASCII)
+_TEMPORARY = re.compile(r"\.tmp-([0-9]{12})-([A-Za-z0-9_.]{1,64})-([0-9]{1,10})-([0-9a-f]{16})", re.ASCII)
+_TRASH = re.compile(r"\.trash-([0-9a-f]{16})-(.{1,200})", re.ASCII)
+_ASIDE = re.compile(r"\.aside-([0-9a-f]{16})-(.{1,200})", re.ASCII)
+_STAGED_ANNOTATIONS = re.compile(r"\.annotations\.json\.[0-9a-f]{16}", re.ASCII)
+_ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CheckpointName:
+    """The name of a checkpoint within its run; ordered as checkpoints are: by step, then by generation."""
+
+    step: int
+    generation: int = 1
+
+    def __str__(self) -> str:
+        suffix = "" if self.generation == 1 else f".g{self.generation}"
+        return f"step-{self.step:012d}{suffix}"
+
+    @classmethod
+    def parse(cls, name: str) -> CheckpointName | None:
+        """The name that ``name`` spells, or None when it is not a checkpoint's."""
+        match = _STEP.fullmatch(name)
+        return None if match is None else cls(int(match[1]), int(match[2] or 1))
+
+
+@dataclass(frozen=True, slots=True)
+class TemporaryName:
+    """The name of a save under way: who writes it, so that a dead writer's rest can be told from a live one's."""
+
+    step: int
+    host: str
+    pid: int
+    nonce: str
+
+    def __str__(self) -> str:
+        return f".tmp-{self.step:012d}-{self.host}-{self.pid}-{self.nonce}"
+
+    @classmethod
+    def parse(cls, name: str) -> TemporaryName | None:
+        """The temporary name that ``name`` spells, or None."""
+        match = _TEMPORARY.fullmatch(name)
+        return None if match is None else cls(int(match[1]), match[2], int(match[3]), match[4])
+
+
+def host_label(hostname: str) -> str:
+    """``hostname`` in the characters that a temporary name may hold."""
+    return re.sub(r"[^A-Za-z0-9_.]", "_", hostname)[:64] or "unknown"
+
+
+def trash_name(name: str, nonce: str) -> str:
+    """The name under which a removed checkpoint waits for its files to be unlinked."""
+    return f".trash-{nonce}-{name}"
+
+
+def is_trash(name: str) -> bool:
+    """Whether ``name`` is that of a removed checkpoint."""
+    return _TRASH.fullmatch(name) is not None
+
+
+def aside_name(name: str, nonce: str) -> str:
+    """The name under which a checkpoint waits while another takes its place."""
+    return f".aside-{nonce}-{name}"
+
+
+def parse_aside(name: str) -> str | None:
+    """The name that the checkpoint waiting as ``name`` had, or None when ``name`` is no such name."""
+    match = _ASIDE.fullmatch(name)
+    return None if match is None else match[2]
+
+
+def staged_annotations_name(nonce: str) -> str:
+    """The name of annotations that are about to replace ``annotations.json``."""
+    return f".{ANNOTATIONS}.{nonce}"
+
+
+def is_auxiliary(name: str) -> bool:
+    """Whether a file in a checkpoint may be there without being listed in its manifest."""
+    return name in (MANIFEST, ANNOTATIONS) or _STAGED_ANNOTATIONS.fullmatch(name) is not None
+
+
+def data_file_name(entry: str) -> str:
+    """The name of the file that holds the tensors of ``entry``."""
+    return entry + DATA_SUFFIX
+
+
+def is_entry_name(name: str) -> bool:
+    """Whether ``name`` may be the name of an entry, and with that of a file."""
+    return len(name) <= MAX_ENTRY_NAME and _ENTRY.fullmatch(name) is not None and ".." not in name
+
+
+def is_data_file_name(name: str) -> bool:
+    """Whether ``name`` may be the name of a data file: nothing that could leave the directory or hide in it."""
+    return name.endswith(DATA_SUFFIX) and is_entry_name(name.removesuffix(DATA_SUFFIX))
+
+
+def check_entry_names(names: Iterable[object]) -> None:
+    """Refuse names of entries that could not be names of files everywhere."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not is_entry_name(name):
+            raise UsageError(
+                f"state[{name!r}]: the name of an entry becomes the name of a file; expected up to {MAX_ENTRY_NAME} "
+                "ASCII letters, digits, '_', '-' and single '.', starting with a letter or digit.",
+                key=str(name),
+            )
+        twin = seen.setdefault(name.casefold(), name)
+        if twin != name:
+            raise UsageError(
+                f"state[{twin!r}] and state[{name!r}] would be one file where the file system ignores case; rename one.",
+                key=name,
+            )
+
+
+def check_step(step: object) -> int:
+    """``step`` as an int that a name can hold, or an error."""
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
+        raise UsageError(f"step: expected an int from 0 to {MAX_STEP}, found {step!r}.", key="step")
+    return step

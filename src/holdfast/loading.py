@@ -1,0 +1,167 @@
+"""One checkpoint read: into new values, or into live objects."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from holdfast.checkpoint import Checkpoint, open
+from holdfast.errors import CorruptCheckpointError, Damage, UsageError
+from holdfast.format import tree
+from holdfast.format.names import MANIFEST
+from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor, fill
+from holdfast.state.report import RestoreReport
+from holdfast.state.restore import restore_state
+from holdfast.state.tensors import new_tensor
+
+_ABSENT = object()
+
+
+def load(
+    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", only: str | Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Load a checkpoint into new values, nested as they were saved. Blocks; every byte is verified.
+
+    A module comes back as the dictionary of its tensors, an optimizer as its state by parameter name. To continue a
+    training, use :func:`restore`. No code or import is chosen by the checkpoint.
+
+    Args:
+        path: the directory of one checkpoint.
+        device: where the tensors are put.
+        only: one or more patterns, such as ``"model"``, ``"model/*"`` or ``"*/fc.weight"``; only the parts of the
+            files that hold what matches are read. What does not match is left out.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CorruptCheckpointError: names file and tensors whose bytes are not those that were written.
+        UsageError: a pattern matches nothing.
+    """
+    checkpoint = open(path)
+    selection = _Selection(checkpoint, only)
+    loaded = {}
+    for entry, node in checkpoint.manifest.state.items():
+        if entry.startswith("_"):
+            continue
+        value = selection.pruned(_decoded(checkpoint, entry, node), entry, entry)
+        if value is not _ABSENT:
+            loaded[entry] = value
+    selection.check()
+    targets = _Targets(torch.device(device))
+    filled = {entry: targets.place(value) for entry, value in loaded.items()}
+    fill(checkpoint, targets.copies)
+    return filled
+
+
+def restore(
+    path: str | os.PathLike[str] | Checkpoint,
+    state: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    generators: bool = True,
+) -> RestoreReport:
+    """Restore a checkpoint into live objects, in place. Blocks; every chunk is verified before its bytes are used.
+
+    The structure is compared before anything is touched. Tensors keep their identity and their device; plain values in
+    ``state`` are replaced. Entries of the checkpoint that are not in ``state`` are left out and listed in the report.
+
+    Args:
+        path: the directory of one checkpoint, or the checkpoint.
+        state: names to live objects, as they were given to :func:`save`.
+        strict: refuse when a name is missing, unexpected, or of another shape or dtype. Otherwise restore what
+            matches, convert dtypes, and report the rest; an object of which nothing matches is refused even so.
+        generators: whether the global random-number generators are restored too, last.
+
+    Returns:
+        What was restored and what was not.
+
+    Raises:
+        StateMismatchError: live objects and checkpoint differ; nothing was touched.
+        CorruptCheckpointError: damage was found while reading; live tensors may hold a mixture now.
+        CheckpointNotFoundError: there is none.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open(path)
+    return restore_state(checkpoint, state, strict=strict, generators=generators)
+
+
+def _decoded(checkpoint: Checkpoint, entry: str, node: Any) -> Any:
+    try:
+        return tree.decode(node, SavedLeaves(checkpoint.manifest, entry))
+    except (ValueError, KeyError) as error:
+        damage = [Damage(MANIFEST, f"state of {entry}: {error}")]
+        raise CorruptCheckpointError.at(checkpoint.path, damage, checkpoint.step) from error
+
+
+class _Selection:
+    """Which leaves of a state match the patterns of ``only``."""
+
+    def __init__(self, checkpoint: Checkpoint, only: str | Iterable[str] | None) -> None:
+        self._checkpoint = checkpoint
+        self._patterns = None if only is None else [only] if isinstance(only, str) else list(only)
+        self._matched: set[str] = set()
+
+    def pruned(self, value: Any, entry: str, path: str) -> Any:
+        """``value`` without the leaves that do not match; ``_ABSENT`` when nothing is left."""
+        if self._patterns is None or self._matches(entry, path):
+            return value
+        if isinstance(value, dict):
+            items = {key: self.pruned(item, entry, tree.child(path, key)) for key, item in value.items()}
+            kept = {key: item for key, item in items.items() if item is not _ABSENT}
+            return kept or _ABSENT
+        if type(value) in (list, tuple):
+            parts = [self.pruned(item, entry, f"{path}[{index}]") for index, item in enumerate(value)]
+            # Positions stay what they were: what does not match leaves a None.
+            return _ABSENT if all(p is _ABSENT for p in parts) else type(value)(None if p is _ABSENT else p for p in parts)
+        return _ABSENT
+
+    def check(self) -> None:
+        """Refuse patterns that matched nothing."""
+        for pattern in self._patterns or ():
+            if pattern not in self._matched:
+                entries = ", ".join(entry for entry in self._checkpoint.manifest.state if not entry.startswith("_"))
+                raise UsageError(
+                    f"only={pattern!r} matches nothing in {self._checkpoint.path}; its entries are: {entries}.", key=pattern
+                )
+
+    def _matches(self, entry: str, path: str) -> bool:
+        inner = path[len(entry) :].removeprefix(".")
+        name = f"{entry}/{inner}" if inner else entry
+        found = [
+            pattern
+            for pattern in self._patterns or ()
+            if fnmatch.fnmatchcase(name, pattern) or pattern.removesuffix("/*") == name
+        ]
+        self._matched.update(found)
+        return bool(found)
+
+
+class _Targets:
+    """Makes a new tensor or array for each saved one; tied ones get one and the same."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[str, Any] = {}
+        self.copies: list[tuple[SavedTensor | SavedArray, Any]] = []
+
+    def place(self, value: Any) -> Any:
+        """``value`` with new tensors in place of saved ones, to be filled by ``copies``."""
+        if isinstance(value, SavedTensor):
+            return self._make(value, lambda: new_tensor(value.record, self._device))
+        if isinstance(value, SavedArray):
+            return self._make(value, value.new)
+        if isinstance(value, dict):
+            for key, item in value.items():
+                value[key] = self.place(item)
+            return value
+        if type(value) in (list, tuple):
+            return type(value)(self.place(item) for item in value)
+        return value
+
+    def _make(self, saved: SavedTensor | SavedArray, new: Callable[[], Any]) -> Any:
+        if saved.key not in self._made:
+            self._made[saved.key] = new()
+            self.copies.append((saved, self._made[saved.key]))
+        return self._made[saved.key]

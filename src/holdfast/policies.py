@@ -1,0 +1,253 @@
+"""When to save and what to keep: frozen, pure values that are composed with ``|``, which means "any of"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from holdfast.checkpoint import Checkpoint
+from holdfast.errors import UsageError
+from holdfast.run import Retention, ranked_by
+
+# ------------------------------------------------------------------------------------------------------- when to save
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What a save policy is told.
+
+    Attributes:
+        event: ``"step"`` after an optimizer step, ``"epoch"`` at the end of an epoch.
+        step: optimizer steps done.
+        epoch: epochs done.
+        since_save_s: seconds since the last save, or since the start when there was none.
+    """
+
+    event: Literal["step", "epoch"]
+    step: int
+    epoch: int
+    since_save_s: float
+
+
+class SavePolicy(Protocol):
+    """Decides when to save. A user's own policy needs only this method."""
+
+    def due(self, moment: Moment) -> str | None:
+        """Why a save is due at ``moment``, in words; None when it is not."""
+
+
+class _SaveOperators:
+    """``|`` between save policies, a user's own included."""
+
+    __slots__ = ()
+
+    def __or__(self, other: SavePolicy) -> AnySave:
+        return _any_save(self, other)
+
+    def __ror__(self, other: SavePolicy) -> AnySave:
+        return _any_save(other, self)
+
+
+@dataclass(frozen=True, slots=True)
+class AnySave(_SaveOperators):
+    """Due when any of its policies is."""
+
+    policies: tuple[SavePolicy, ...]
+
+    def due(self, moment: Moment) -> str | None:
+        """The reasons of all that are due."""
+        reasons = [reason for policy in self.policies if (reason := policy.due(moment)) is not None]
+        return ", ".join(reasons) or None
+
+
+@dataclass(frozen=True, slots=True)
+class Every(_SaveOperators):
+    """Save at a regular distance; give exactly one of the three.
+
+    Args:
+        steps: after each step whose number is a multiple of this.
+        epochs: at the end of each epoch whose number (counted from 1) is a multiple of this.
+        minutes: at the first step or end of an epoch this long after the last save.
+
+    Raises:
+        UsageError: none or several were given, or one that is not positive.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in _fields(self).items() if value is not None}
+        if len(given) != 1:
+            raise UsageError(
+                f"Every: expected exactly one of steps=, epochs= and minutes=, found {given or 'none'}; "
+                "combine several as Every(steps=...) | Every(minutes=...)."
+            )
+        for name, value in given.items():
+            _check_positive(f"Every({name}=)", value, whole=name != "minutes")
+
+    def due(self, moment: Moment) -> str | None:
+        """See :class:`SavePolicy`."""
+        if self.steps is not None and moment.event == "step" and moment.step % self.steps == 0:
+            return f"every {_plural(self.steps, 'step')}"
+        if self.epochs is not None and moment.event == "epoch" and moment.epoch % self.epochs == 0:
+            return f"every {_plural(self.epochs, 'epoch')}"
+        if self.minutes is not None and moment.since_save_s >= self.minutes * 60:
+            return f"every {_plural(self.minutes, 'minute')}"
+        return None
+
+
+# -------------------------------------------------------------------------------------------------------- what to keep
+
+
+class _KeepOperators:
+    """``|`` between retention policies, a user's own included."""
+
+    __slots__ = ()
+
+    def __or__(self, other: Retention) -> AnyKeep:
+        return _any_keep(self, other)
+
+    def __ror__(self, other: Retention) -> AnyKeep:
+        return _any_keep(other, self)
+
+
+@dataclass(frozen=True, slots=True)
+class AnyKeep(_KeepOperators):
+    """Keeps what any of its policies keeps."""
+
+    policies: tuple[Retention, ...]
+
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> Mapping[str, str]:
+        """The union; a checkpoint kept for several reasons has them all."""
+        kept: dict[str, str] = {}
+        for policy in self.policies:
+            for name, why in policy.keep(checkpoints).items():
+                kept[name] = f"{kept[name]}, {why}" if name in kept else why
+        return kept
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics by which any of the policies ranks."""
+        return tuple(metric for policy in self.policies for metric in ranking_metrics(policy))
+
+
+@dataclass(frozen=True, slots=True)
+class KeepLast(_KeepOperators):
+    """Keep the ``n`` newest checkpoints."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_positive("KeepLast(n)", self.n, whole=True)
+
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> Mapping[str, str]:
+        """See :class:`Retention`."""
+        return {checkpoint.name: f"last {self.n}" for checkpoint in checkpoints[-self.n :]}
+
+
+@dataclass(frozen=True, slots=True)
+class KeepBest(_KeepOperators):
+    """Keep the ``n`` checkpoints with the best ``metric``.
+
+    A checkpoint saved between evaluations has no metric and is no candidate. Not a number never wins; of equals the
+    earliest stays.
+
+    Args:
+        metric: the name under which it is given to ``end_epoch``.
+        mode: ``"min"`` or ``"max"``: which is better is never guessed from the name.
+        n: how many.
+    """
+
+    metric: str
+    mode: str
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise UsageError(f"KeepBest(metric): expected a name, found {self.metric!r}.", key="metric")
+        if self.mode not in ("min", "max"):
+            raise UsageError(f"KeepBest({self.metric!r}, mode): expected 'min' or 'max', found {self.mode!r}.", key="mode")
+        _check_positive("KeepBest(n=)", self.n, whole=True)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metric that must be given at the end of each epoch."""
+        return (self.metric,)
+
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> Mapping[str, str]:
+        """See :class:`Retention`."""
+        best = ranked_by(self.metric, self.mode, checkpoints)[: self.n]
+        return {checkpoint.name: f"best {self.metric}" for checkpoint in best}
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEvery(_KeepOperators):
+    """Keep checkpoints at a regular distance for ever; give exactly one of the two.
+
+    Args:
+        steps: those whose step is a multiple of this.
+        epochs: of each epoch that is a multiple of this, the first checkpoint saved after it ended.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in _fields(self).items() if value is not None}
+        if len(given) != 1:
+            raise UsageError(f"KeepEvery: expected exactly one of steps= and epochs=, found {given or 'none'}.")
+        for name, value in given.items():
+            _check_positive(f"KeepEvery({name}=)", value, whole=True)
+
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> Mapping[str, str]:
+        """See :class:`Retention`."""
+        if self.steps is not None:
+            why = f"every {_plural(self.steps, 'step')}"
+            return {checkpoint.name: why for checkpoint in checkpoints if checkpoint.step % self.steps == 0}
+        assert self.epochs is not None
+        why = f"every {_plural(self.epochs, 'epoch')}"
+        first: dict[int, str] = {}
+        for checkpoint in checkpoints:
+            if checkpoint.epoch > 0 and checkpoint.epoch % self.epochs == 0:
+                first.setdefault(checkpoint.epoch, checkpoint.name)
+        return dict.fromkeys(first.values(), why)
+
+
+def ranking_metrics(policy: object) -> tuple[str, ...]:
+    """The metrics by which a retention policy ranks; a user's own may say so in an attribute ``metrics``."""
+    return tuple(getattr(policy, "metrics", ()))
+
+
+def _any_save(*policies: Any) -> AnySave:
+    flat: list[SavePolicy] = []
+    for policy in policies:
+        if not callable(getattr(policy, "due", None)):
+            raise UsageError(f"a save policy has a method due(moment); found {policy!r}, which belongs elsewhere.")
+        flat.extend(policy.policies if isinstance(policy, AnySave) else [policy])
+    return AnySave(tuple(flat))
+
+
+def _any_keep(*policies: Any) -> AnyKeep:
+    flat: list[Retention] = []
+    for policy in policies:
+        if not callable(getattr(policy, "keep", None)):
+            raise UsageError(f"a retention policy has a method keep(checkpoints); found {policy!r}, which belongs elsewhere.")
+        flat.extend(policy.policies if isinstance(policy, AnyKeep) else [policy])
+    return AnyKeep(tuple(flat))
+
+
+def _fields(policy: Any) -> dict[str, Any]:
+    return {name: getattr(policy, name) for name in policy.__dataclass_fields__}
+
+
+def _check_positive(what: str, value: object, *, whole: bool) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+        raise UsageError(f"{what}: expected a positive {'whole ' if whole else ''}number, found {value!r}.")
+
+
+def _plural(count: float, noun: str) -> str:
+    return noun if count == 1 else f"{count:g} {noun}s"

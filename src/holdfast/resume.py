@@ -1,0 +1,182 @@
+"""Which checkpoint a training continues from, and what happens when it is broken."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.checkpoint import Checkpoint, open
+from holdfast.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    FormatVersionError,
+    UsageError,
+)
+from holdfast.loading import restore
+from holdfast.policies import KeepBest
+from holdfast.run import Broken, Retention, Run, ranked_by
+from holdfast.state.report import RestoreReport
+
+_logger = logging.getLogger("holdfast")
+
+Resume = str | int | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a training continues: all None for a new run; ``run_id`` alone when only the run existed."""
+
+    checkpoint: Checkpoint | None = None
+    report: RestoreReport | None = None
+    run_id: str | None = None
+
+
+def resume_run(run: Run, state: Mapping[str, Any], resume: Resume, keep: Retention) -> Resumed:
+    """Restore into ``state`` the first intact checkpoint of those that ``resume`` asks for.
+
+    Args:
+        run: the run to continue.
+        state: the live objects.
+        resume: as in :class:`holdfast.Checkpointer`.
+        keep: its retention policy, which knows the mode of each metric.
+
+    Raises:
+        CorruptCheckpointError: there were candidates, and not one is intact.
+    """
+    if isinstance(resume, bool) or not isinstance(resume, (str, int, os.PathLike)):
+        raise UsageError(f"resume: expected 'latest', 'never', 'best:<metric>', a step or a path, found {resume!r}.")
+    if resume == "never":
+        _refuse_existing(run)
+        return Resumed()
+    failure: CorruptCheckpointError | None = None
+    for candidate in _candidates(run, resume, keep):
+        try:
+            report = restore(candidate, state)
+        except CorruptCheckpointError as error:
+            _logger.warning("not resuming from %s, which is left as it is: %s", candidate.path, error)
+            failure = failure or error
+        else:
+            _note_differences(report)
+            own = candidate.path.startswith(run.path + os.sep)
+            return Resumed(candidate, report, candidate.run_id if own else None)
+    if failure is not None:
+        raise _nothing_intact(run, failure)
+    return Resumed()
+
+
+def _candidates(run: Run, resume: Resume, keep: Retention) -> Iterator[Checkpoint]:
+    if resume == "latest":
+        yield from _newest_first(run)
+    elif isinstance(resume, int):
+        _warn_of_later(run, resume)
+        yield run[resume]
+    elif isinstance(resume, str) and resume.startswith("best:"):
+        yield from _best_first(run, resume, keep)
+    else:
+        found = False
+        for checkpoint in _newest_first(run):
+            found = True
+            yield checkpoint
+        if not found:
+            yield _elsewhere(resume)
+
+
+def _newest_first(run: Run) -> Iterator[Checkpoint]:
+    """Intact checkpoints, newest first. One from the future stops the search: it is not broken, it is out of reach."""
+    failure = None
+    found = False
+    for entry in reversed(run.entries()):
+        if isinstance(entry, Checkpoint):
+            found = True
+            yield entry
+        elif isinstance(entry.error, FormatVersionError):
+            raise entry.error
+        else:
+            _logger.warning("not resuming from %s, which is left as it is: %s", entry.path, entry.error)
+            failure = failure or _corruption(entry)
+    if failure is not None and not found:
+        raise _nothing_intact(run, failure)
+
+
+def _corruption(broken: Broken) -> CorruptCheckpointError | None:
+    """A directory without a manifest never was a checkpoint; anything else was one."""
+    return broken.error if isinstance(broken.error, CorruptCheckpointError) else None
+
+
+def _nothing_intact(run: Run, failure: CorruptCheckpointError) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{run.path} has checkpoints, but none that can be resumed from is intact. The newest failure:\n{failure}\n"
+        "Restore one from a copy, or start anew in another directory. Nothing was removed.",
+        damage=failure.damage,
+        path=run.path,
+    )
+
+
+def _best_first(run: Run, resume: str, keep: Retention) -> Iterator[Checkpoint]:
+    _, metric, *rest = resume.split(":")
+    mode = rest[0] if rest else _mode_of(metric, keep)
+    if mode is None:
+        raise UsageError(
+            f"resume={resume!r}: no KeepBest({metric!r}, ...) in keep= says which is better; "
+            f"write 'best:{metric}:min' or 'best:{metric}:max'.",
+            key="resume",
+        )
+    ranked = ranked_by(metric, mode, list(run))
+    if not ranked and run.names():
+        raise CheckpointNotFoundError(f"{run.path} has no checkpoint with the metric {metric!r}.", path=run.path)
+    yield from ranked
+
+
+def _mode_of(metric: str, keep: object) -> str | None:
+    for policy in getattr(keep, "policies", (keep,)):
+        if isinstance(policy, KeepBest) and policy.metric == metric:
+            return policy.mode
+    return None
+
+
+def _elsewhere(resume: Resume) -> Checkpoint:
+    """The checkpoint at a path, or the newest of the run there."""
+    path = os.fspath(str(resume) if isinstance(resume, int) else resume)
+    try:
+        return open(path)
+    except CheckpointNotFoundError:
+        newest = Run(path).latest() if os.path.isdir(path) else None
+        if newest is None:
+            raise
+        return newest
+
+
+def _refuse_existing(run: Run) -> None:
+    newest = run.latest()
+    if newest is not None:
+        raise CheckpointExistsError(
+            f"{run.path} has checkpoints up to step {newest.step}: a training from step 0 would never become the newest "
+            "of them. Use another directory, or remove these.",
+            path=run.path,
+            step=newest.step,
+        )
+
+
+def _warn_of_later(run: Run, step: int) -> None:
+    later = sorted({name.step for name in run.names() if name.step > step})
+    if later:
+        _logger.warning(
+            "resuming %s at step %d although it goes up to step %d: until this training passes that step, 'latest' "
+            "still means the older branch. To leave it behind, start a new run from this checkpoint.",
+            run.path,
+            step,
+            later[-1],
+        )
+
+
+def _note_differences(report: RestoreReport) -> None:
+    for note in report.notes:
+        _logger.warning("%s: %s", report.path, note)
+    if report.skipped:
+        _logger.warning("%s: not in the state, and so not restored: %s", report.path, ", ".join(report.skipped))
+    if report.fresh:
+        _logger.warning("%s: starting without optimizer state: %s", report.path, ", ".join(report.fresh))

@@ -1,0 +1,1 @@
+"""Live objects to a state tree and back. Imports torch."""

@@ -1,0 +1,78 @@
+"""Objects of a training that are alive and not in its state: what nobody saves, nobody resumes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from holdfast.state.kinds import Kind, kind_of, live_objects
+
+_STATEFUL_LOADER = "StatefulDataLoader"
+
+
+def forgotten(state: Mapping[str, Any]) -> list[str]:
+    """Optimizers, schedulers, gradient scalers and stateful loaders that belong to this training and are not in it.
+
+    An optimizer belongs to it when it updates a parameter of one of its modules, a scheduler when it drives such an
+    optimizer. Scalers and loaders cannot be told apart by what they hold; each that is in use is named.
+    """
+    included = set(_included(state))
+    parameters = {
+        id(parameter)
+        for _, value, kind in live_objects(state)
+        if kind is Kind.MODULE
+        for parameter in value.parameters()
+    }
+    everything = gc.get_objects()
+    optimizers = {
+        id(thing): thing
+        for thing in everything
+        if issubclass(type(thing), torch.optim.Optimizer) and _updates(thing, parameters)
+    }
+    found = [_describe(thing) for key, thing in optimizers.items() if key not in included]
+    found += [
+        _describe(thing)
+        for thing in everything
+        if issubclass(type(thing), torch.optim.lr_scheduler.LRScheduler)
+        and id(thing) not in included
+        and id(getattr(thing, "optimizer", None)) in optimizers
+    ]
+    found += [_describe(thing) for thing in everything if _is_loose_end(thing) and id(thing) not in included]
+    return found
+
+
+def _included(state: Mapping[str, Any]) -> Iterator[int]:
+    for _, value, _ in live_objects(state):
+        yield from _with_parts(value)
+
+
+def _with_parts(value: Any) -> Iterator[int]:
+    """An object and those whose state is part of its own: a sequence of schedulers saves each of them."""
+    yield id(value)
+    for part in getattr(value, "_schedulers", ()):
+        yield from _with_parts(part)
+
+
+def _updates(optimizer: Any, parameters: set[int]) -> bool:
+    groups = getattr(optimizer, "param_groups", ())
+    return any(id(parameter) in parameters for group in groups for parameter in group["params"])
+
+
+def _is_loose_end(thing: Any) -> bool:
+    kind = type(thing)
+    if issubclass(kind, torch.amp.GradScaler):
+        return bool(thing.is_enabled())
+    return kind.__name__ == _STATEFUL_LOADER and kind_of(thing) is Kind.STATEFUL
+
+
+def _describe(thing: Any) -> str:
+    name = type(thing).__qualname__
+    if isinstance(thing, torch.optim.Optimizer):
+        count = sum(len(group["params"]) for group in thing.param_groups)
+        return f"{name} of {count} parameters"
+    if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
+        return f"{name} of {type(thing.optimizer).__qualname__}"
+    return name

@@ -1,0 +1,70 @@
+"""What an object in a state is, and so how it is captured and restored."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from holdfast.format.tree import child
+from holdfast.state.modules import parameter_names
+from holdfast.state.optimizers import ParameterNames
+from holdfast.state.rng import GENERATOR_TYPES
+
+
+class Kind(enum.Enum):
+    """The kinds of live objects, in the order in which they are installed at a restore.
+
+    Schedulers come after optimizers, since some of them write learning rates; generators last, since anything before
+    may draw from them.
+    """
+
+    MODULE = 0
+    OPTIMIZER = 1
+    STATEFUL = 2
+    SCHEDULER = 3
+    GENERATOR = 4
+
+
+def kind_of(value: object) -> Kind | None:
+    """The kind of a live object; None for tensors, arrays, containers and plain values."""
+    if isinstance(value, type):
+        return None
+    if isinstance(value, torch.nn.Module):
+        return Kind.MODULE
+    if isinstance(value, torch.optim.Optimizer):
+        return Kind.OPTIMIZER
+    if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+        return Kind.SCHEDULER
+    if isinstance(value, GENERATOR_TYPES):
+        return Kind.GENERATOR
+    if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
+        return Kind.STATEFUL
+    return None
+
+
+def live_objects(value: object, path: str = "") -> Iterator[tuple[str, Any, Kind | None]]:
+    """Every live object and tensor in a nesting of plain containers, with its path."""
+    kind = kind_of(value)
+    if kind is not None or isinstance(value, torch.Tensor):
+        yield path, value, kind
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from live_objects(item, child(path, key))
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):  # type: ignore[arg-type]  # narrowed by its exact type
+            yield from live_objects(item, f"{path}[{index}]")
+
+
+def name_parameters(state: Mapping[str, Any]) -> ParameterNames:
+    """The names of all parameters of a state, by identity."""
+    by_identity: dict[int, list[str]] = {}
+    for path, value, kind in live_objects(state):
+        if kind is Kind.MODULE:
+            for name, parameter in parameter_names(value):
+                by_identity.setdefault(id(parameter), []).append(f"{path}.{name}")
+        elif kind is None:
+            by_identity.setdefault(id(value), []).append(path)
+    return ParameterNames(by_identity)

@@ -1,0 +1,96 @@
+"""Modules: the plain names of their tensors, whatever they are wrapped in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Recognized by name, so that none of them has to be imported to find out that it is not used.
+_WRAPPERS = {
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "CheckpointWrapper",
+    ): "_checkpoint_wrapped_module",
+}
+
+
+def _wrapped_attribute(module: torch.nn.Module) -> str | None:
+    """The attribute under which a wrapper holds what it wraps; None for everything else."""
+    for base in type(module).__mro__:
+        attribute = _WRAPPERS.get((base.__module__, base.__qualname__))
+        if attribute is not None:
+            return attribute
+    return None
+
+
+def name_cleaner(module: torch.nn.Module) -> Callable[[str], str]:
+    """A function that strips from a name in ``module`` the parts that wrappers put there, and only those.
+
+    A submodule that is really called ``module`` keeps its name: what counts is what stands at that place.
+    """
+    inserted = set()
+    for path, submodule in module.named_modules(remove_duplicate=False):
+        attribute = _wrapped_attribute(submodule)
+        if attribute is not None:
+            inserted.add(f"{path}.{attribute}" if path else attribute)
+    if not inserted:
+        return lambda name: name
+
+    def clean(name: str) -> str:
+        kept = []
+        raw = ""
+        for part in name.split("."):
+            raw = f"{raw}.{part}" if raw else part
+            if raw not in inserted:
+                kept.append(part)
+        return ".".join(kept)
+
+    return clean
+
+
+def module_state(module: torch.nn.Module) -> dict[str, Any]:
+    """The module's ``state_dict()`` by plain names; the tensors are references."""
+    clean = name_cleaner(module)
+    return {clean(name): value for name, value in module.state_dict().items()}
+
+
+def parameter_names(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Every name of every parameter, tied ones under each of their names."""
+    clean = name_cleaner(module)
+    return [(clean(name), parameter) for name, parameter in module.named_parameters(remove_duplicate=False)]
+
+
+def owned_storages(module: torch.nn.Module) -> set[int]:
+    """The storages of the module's own parameters and buffers: writing there is writing into the module."""
+    return {
+        tensor.untyped_storage()._cdata
+        for tensor in [*module.parameters(), *module.buffers()]
+        if not isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
+    }
+
+
+def needs_load_state_dict(module: torch.nn.Module) -> bool:
+    """Whether the module does more at ``load_state_dict`` than copying its tensors."""
+    return type(module).load_state_dict is not torch.nn.Module.load_state_dict or any(
+        submodule._load_state_dict_pre_hooks
+        or submodule._load_state_dict_post_hooks
+        or not type(submodule)._load_from_state_dict.__module__.startswith("torch.")
+        for submodule in module.modules()
+    )
+
+
+def load_module(module: torch.nn.Module, values: dict[str, Any]) -> None:
+    """Give ``values``, by plain names, to the module's own ``load_state_dict``."""
+    clean = name_cleaner(module)
+    current = module.state_dict()
+    metadata = getattr(current, "_metadata", None)
+    by_raw_name = type(current)((raw, values[clean(raw)]) for raw in current if clean(raw) in values)
+    if metadata is not None:
+        by_raw_name._metadata = metadata  # type: ignore[attr-defined]  # torch keeps the modules' versions there
+    module.load_state_dict(by_raw_name, strict=False)

@@ -1,0 +1,355 @@
+"""Checkpoints in a directory of a POSIX file system.
+
+A checkpoint exists if and only if a valid manifest is readable under its name. It comes to be in this order, and no
+step may be moved before another:
+
+1. the directory it will stand in exists, durably;
+2. ``.tmp-...`` is made in it, and locked for as long as its writer lives;
+3. each data file is written and synced;
+4. the manifest is written and synced, then the temporary directory;
+5. the temporary directory is renamed to its final name, then the parent directory is synced.
+
+Only then is the save acknowledged. It goes the other way round: locked against readers, renamed to ``.trash-...``,
+synced, and only then unlinked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import Iterable
+
+from holdfast.errors import CheckpointExistsError, RunBusyError, StorageError, storage_errors
+from holdfast.format.manifest import FileRecord
+from holdfast.format.names import (
+    ANNOTATIONS,
+    MANIFEST,
+    TemporaryName,
+    aside_name,
+    host_label,
+    is_auxiliary,
+    is_data_file_name,
+    is_trash,
+    parse_aside,
+    staged_annotations_name,
+    trash_name,
+)
+from holdfast.storage import durable
+from holdfast.storage.chunks import ChunkHasher, gathered
+from holdfast.storage.durable import Descriptor, Lock
+
+
+# A writer on another host is given up for dead only after this long without a sign of life, by the file system's own
+# clock, and only when its lock is free as well: some network file systems keep locks to one host.
+FOREIGN_IDLE_S = 3600.0
+
+
+class LocalFile:
+    """A file of a committed checkpoint."""
+
+    def __init__(self, descriptor: Descriptor) -> None:
+        self._descriptor = descriptor
+        self.nbytes = os.fstat(descriptor.fd).st_size
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset``; returns how many bytes there were."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor.fd, [buffer[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._descriptor.close()
+
+    def __enter__(self) -> LocalFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class LocalCheckpoint:
+    """A committed checkpoint, open for reading."""
+
+    def __init__(self, path: str, directory: Descriptor) -> None:
+        self.path = path
+        self._directory = directory
+
+    def names(self) -> list[str]:
+        """The files it holds, listed or not."""
+        return os.listdir(self._directory.fd)
+
+    def read_whole(self, name: str, limit_bytes: int) -> bytes:
+        """A small file in one piece."""
+        with self.open_file(name) as file:
+            if file.nbytes > limit_bytes:
+                raise ValueError(f"{name} has {file.nbytes} bytes, more than the {limit_bytes} that it may have")
+            data = bytearray(file.nbytes)
+            count = file.read_into(0, memoryview(data))
+            return bytes(data[:count])
+
+    def open_file(self, name: str) -> LocalFile:
+        """A file to read from."""
+        return LocalFile(durable.open_file(self._directory, name))
+
+    def lock(self) -> None:
+        """Keep others from removing it while it is open."""
+        durable.lock_shared(self._directory)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._directory.close()
+
+
+class LocalPending:
+    """A save under way, in a directory of its own that no reader takes for a checkpoint."""
+
+    def __init__(self, store_path: str, parent: Descriptor, name: str, directory: Descriptor) -> None:
+        self._store_path = store_path
+        self._parent = parent
+        self._name = name
+        self._directory = directory
+        self._committed = False
+        self._sealed = False
+
+    def write_file(self, name: str, blocks: Iterable[memoryview | bytes], nbytes: int) -> FileRecord:
+        """Write a data file, durably, and return its record."""
+        with storage_errors("cannot write", os.path.join(self._store_path, self._name, name)):
+            hasher = ChunkHasher()
+            with durable.create_file(self._directory, name) as file:
+                durable.preallocate(file, nbytes)
+                for view in gathered(blocks):
+                    durable.write_all(file, view)
+                    hasher.update(view)
+                durable.sync_file(file)
+        record = hasher.record()
+        if record.bytes != nbytes:
+            raise StorageError(f"{name}: {nbytes} bytes were planned, {record.bytes} came", path=self._store_path)
+        return record
+
+    def commit(self, name: str, manifest: bytes) -> None:
+        """Make the checkpoint durable and visible as ``name``."""
+        final = os.path.join(self._store_path, name)
+        with storage_errors("cannot commit", final):
+            self._seal(manifest)
+            try:
+                durable.publish(self._parent, self._name, name)
+            except FileExistsError as error:
+                raise CheckpointExistsError(f"{final} exists already; it was left as it is.", path=final) from error
+            # From here on it is visible and whole, whether or not its name is durable: nothing may unlink its files.
+            self._committed = True
+            durable.sync_directory(self._parent)
+            self._close()
+
+    def replace(self, name: str, manifest: bytes) -> None:
+        """Make the checkpoint durable and visible as ``name``, in the place of the one that has it now.
+
+        A crash leaves the old one or the new one, whole. Where two names cannot be swapped in one step, the old one
+        waits as ``.aside-...-<name>`` until the new one is durable, and :meth:`LocalStore.recover` brings it back.
+        """
+        final = os.path.join(self._store_path, name)
+        with storage_errors("cannot replace", final):
+            self._seal(manifest)
+            aside = aside_name(name, secrets.token_hex(8))
+            if durable.exchange(self._parent, self._name, name):
+                self._committed = True
+                durable.sync_directory(self._parent)
+                durable.move_aside(self._parent, self._name, aside)
+            else:
+                durable.move_aside(self._parent, name, aside)
+                durable.publish(self._parent, self._name, name)
+                self._committed = True
+                durable.sync_directory(self._parent)
+            _discard(self._parent, aside)
+            self._close()
+
+    def abort(self) -> None:
+        """Remove what was written. Never raises: it runs while another error is on its way."""
+        if not self._committed:
+            with contextlib.suppress(OSError):
+                _remove_rest(self._parent, self._name, self._directory)
+        self._close()
+
+    def _seal(self, manifest: bytes) -> None:
+        if not self._sealed:
+            durable.write_file(self._directory, MANIFEST, manifest)
+            durable.sync_directory(self._directory)
+            self._sealed = True
+
+    def _close(self) -> None:
+        self._directory.close()
+        self._parent.close()
+
+
+class LocalStore:
+    """A directory that holds checkpoints.
+
+    Args:
+        path: the directory; it is made at the first save.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._held: Descriptor | None = None
+
+    def names(self) -> list[str]:
+        """Every name there is; empty when the directory does not exist."""
+        with storage_errors("cannot list", self.path):
+            try:
+                return os.listdir(self.path)
+            except FileNotFoundError:
+                return []
+
+    def open(self, name: str) -> LocalCheckpoint:
+        """A checkpoint to read from."""
+        with self._parent() as parent:
+            return LocalCheckpoint(os.path.join(self.path, name), durable.open_directory(name, parent))
+
+    def create(self, step: int) -> LocalPending:
+        """Begin a save."""
+        with storage_errors("cannot save in", self.path):
+            durable.make_directories(self.path)
+            return self._locked_temporary(self._parent(), step)
+
+    def annotate(self, name: str, data: bytes) -> None:
+        """Replace the annotations of a checkpoint atomically."""
+        with storage_errors("cannot annotate", os.path.join(self.path, name)), self._parent() as parent:
+            with durable.open_directory(name, parent) as directory:
+                durable.replace_file(directory, ANNOTATIONS, staged_annotations_name(secrets.token_hex(8)), data)
+
+    def remove(self, name: str) -> bool:
+        """Remove a checkpoint; False when somebody is reading it, or it is gone, and nothing was done."""
+        with storage_errors("cannot remove", os.path.join(self.path, name)), self._parent() as parent:
+            try:
+                directory = durable.open_directory(name, parent)
+            except FileNotFoundError:
+                return False
+            with directory:
+                if durable.lock_exclusive(directory) is Lock.BUSY:
+                    return False
+                if not durable.is_same_directory(directory, parent, name):
+                    return False
+                trash = trash_name(name, secrets.token_hex(8))
+                durable.move_aside(parent, name, trash)
+                _remove_rest(parent, trash, directory)
+                return True
+
+    def clean(self) -> list[str]:
+        """Remove what dead writers left behind, as far as it is certain that they are dead."""
+        removed = []
+        candidates = [name for name in self.names() if is_trash(name) or parse_aside(name) or TemporaryName.parse(name)]
+        if not candidates:
+            return []
+        with storage_errors("cannot clean", self.path), self._parent() as parent:
+            for name in candidates:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    with durable.open_directory(name, parent) as directory:
+                        if self._is_abandoned(name, directory, parent) and _remove_rest(parent, name, directory):
+                            removed.append(name)
+        return removed
+
+    def recover(self, name: str) -> bool:
+        """Bring back the checkpoint that stepped aside for a replacement which never came; True when one did."""
+        for candidate in self.names():
+            if parse_aside(candidate) == name:
+                with contextlib.suppress(OSError), self._parent() as parent:
+                    durable.publish(parent, candidate, name)
+                    durable.sync_directory(parent)
+                    return True
+        return False
+
+    def hold(self) -> None:
+        """Become the only writer of this directory."""
+        with storage_errors("cannot open run", self.path):
+            durable.make_directories(self.path)
+            directory = self._parent()
+            if durable.lock_exclusive(directory) is Lock.BUSY:
+                pid = durable.lock_holder(directory)
+                directory.close()
+                who = "Another process" if pid is None else f"Process {pid}"
+                raise RunBusyError(
+                    f"{self.path}: {who} is writing this run. Wait for it to end, stop it, or use another directory.",
+                    path=self.path,
+                )
+        self._held = directory
+
+    def release(self) -> None:
+        """Let other writers in."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
+
+    def _parent(self) -> Descriptor:
+        return durable.open_directory(self.path)
+
+    def _locked_temporary(self, parent: Descriptor, step: int) -> LocalPending:
+        host = host_label(socket.gethostname())
+        while True:
+            name = str(TemporaryName(step, host, os.getpid(), secrets.token_hex(8)))
+            directory = durable.make_directory(parent, name)
+            # Between making and locking, a cleaner may have taken it for abandoned; then it is not ours any more.
+            if durable.lock_exclusive(directory) is not Lock.BUSY and durable.is_same_directory(directory, parent, name):
+                return LocalPending(self.path, parent, name, directory)
+            directory.close()
+
+    def _is_abandoned(self, name: str, directory: Descriptor, parent: Descriptor) -> bool:
+        lock = durable.lock_exclusive(directory)
+        if lock is Lock.BUSY or not durable.is_same_directory(directory, parent, name):
+            return False
+        if is_trash(name):
+            return True  # its removal was decided, and no reader holds it
+        successor = parse_aside(name)
+        if successor is not None:
+            return durable.exists(parent, successor)
+        temporary = TemporaryName.parse(name)
+        assert temporary is not None
+        if temporary.host == host_label(socket.gethostname()):
+            return lock is Lock.HELD or not _is_alive(temporary.pid)
+        return lock is Lock.HELD and _idle_s(directory, parent) > FOREIGN_IDLE_S
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _idle_s(directory: Descriptor, parent: Descriptor) -> float:
+    """Seconds since anything changed in ``directory``, by the clock of its file system, not by this host's."""
+    newest = os.fstat(directory.fd).st_mtime
+    for name in os.listdir(directory.fd):
+        newest = max(newest, os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_mtime)
+    probe = f".probe-{secrets.token_hex(8)}"
+    try:
+        with durable.create_file(parent, probe) as file:
+            return os.fstat(file.fd).st_mtime - newest
+    finally:
+        durable.unlink_files(parent, [probe])
+
+
+def _discard(parent: Descriptor, name: str) -> None:
+    """Remove a checkpoint that has been renamed out of sight, unless it is being read; then ``clean`` will."""
+    with contextlib.suppress(FileNotFoundError), durable.open_directory(name, parent) as directory:
+        if durable.lock_exclusive(directory) is not Lock.BUSY:
+            _remove_rest(parent, name, directory)
+
+
+def _remove_rest(parent: Descriptor, name: str, directory: Descriptor) -> bool:
+    """Unlink the files of a removed or abandoned checkpoint; the manifest first, so that no half of it looks whole.
+
+    What is not a checkpoint's is left, and with it the directory.
+    """
+    found = os.listdir(directory.fd)
+    ours = [file for file in found if file != MANIFEST and (is_auxiliary(file) or is_data_file_name(file))]
+    durable.unlink_files(directory, [MANIFEST, *ours])
+    return durable.remove_directory(parent, name)

@@ -1,0 +1,97 @@
+"""The contract between checkpoints and the place they live in.
+
+It speaks of checkpoints, files and commits, never of paths and renames, so that an object store can keep it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from holdfast.format.manifest import FileRecord
+
+
+class StoredFile(Protocol):
+    """One file of a committed checkpoint, open for reading."""
+
+    nbytes: int
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset``; returns how many bytes there were, fewer only at the end of the file."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class StoredCheckpoint(Protocol):
+    """A committed checkpoint, open for reading."""
+
+    path: str
+
+    def lock(self) -> None:
+        """Keep others from removing it while it is open."""
+
+    def names(self) -> list[str]:
+        """The files it holds, listed or not."""
+
+    def read_whole(self, name: str, limit_bytes: int) -> bytes:
+        """A small file in one piece; ValueError when it is longer than ``limit_bytes`` or not a plain file."""
+
+    def open_file(self, name: str) -> StoredFile:
+        """A file to read from; FileNotFoundError, or ValueError when it is not a plain file."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class PendingCheckpoint(Protocol):
+    """A save under way: invisible until committed."""
+
+    def write_file(self, name: str, blocks: Iterable[memoryview | bytes], nbytes: int) -> FileRecord:
+        """Write a data file of ``nbytes`` from ``blocks``, durably, and return its record."""
+
+    def commit(self, name: str, manifest: bytes) -> None:
+        """Make the checkpoint durable and visible as ``name``.
+
+        Raises:
+            CheckpointExistsError: the name is taken; another may be tried.
+        """
+
+    def replace(self, name: str, manifest: bytes) -> None:
+        """Make the checkpoint durable and visible as ``name``, in the place of the one that has it now."""
+
+    def abort(self) -> None:
+        """Remove what was written. Does nothing after a commit."""
+
+
+class Store(Protocol):
+    """A place that holds checkpoints under names."""
+
+    path: str
+
+    def names(self) -> list[str]:
+        """Every name there is, recognised or not; empty when the place does not exist."""
+
+    def open(self, name: str) -> StoredCheckpoint:
+        """A checkpoint to read from; FileNotFoundError when there is none."""
+
+    def create(self, step: int) -> PendingCheckpoint:
+        """Begin a save."""
+
+    def annotate(self, name: str, data: bytes) -> None:
+        """Replace the annotations of a checkpoint atomically."""
+
+    def remove(self, name: str) -> bool:
+        """Remove a checkpoint; False when somebody is reading it and it was left."""
+
+    def clean(self) -> list[str]:
+        """Remove what dead writers left behind, as far as that is certain; returns the names removed."""
+
+    def recover(self, name: str) -> bool:
+        """Bring back a checkpoint whose replacement never came; True when there was one."""
+
+    def hold(self) -> None:
+        """Become the only writer until :meth:`release`; RunBusyError when another is."""
+
+    def release(self) -> None:
+        """Let other writers in."""

@@ -1,0 +1,93 @@
+"""What both directions of the typed tree share: the contract for its leaves, paths, and the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from holdfast.errors import UnsupportedValueError
+
+Json = Any  # None | bool | int | float | str | list[Json] | dict[str, Json]
+
+# Half of Python's default stack serves the deepest tree, in either direction: five frames a level. The rest is the
+# caller's, who may load a checkpoint from much deeper in the stack than it was saved from.
+MAX_DEPTH = 100
+MAX_INT_HEX_DIGITS = 100_000
+
+FACTORIES: dict[str, Callable[[], Any]] = {
+    kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, list, dict, set, tuple)
+}
+"""What a defaultdict may make its missing values with."""
+
+IN_FILES = frozenset({"$tensor", "$ndarray"})
+"""The tags of leaves whose bytes lie in a data file."""
+
+HASHED_LEAVES = frozenset({"$dtype", "$size", "$device"})
+"""The tags of leaves that may be members of sets and keys of dictionaries."""
+
+
+class Leaves(Protocol):
+    """What the tree leaves to its user: the values that live in data files, and those that only torch knows."""
+
+    def encode(self, value: Any, path: str) -> dict[str, Json] | None:
+        """``value`` as a tagged object, or None when it is not one of these leaves."""
+
+    def decode(self, tag: str, body: Json) -> Any:
+        """The value of a tagged object; KeyError when the tag is not one of these leaves."""
+
+    def for_codec(self) -> Leaves | None:
+        """Leaves for what a codec is given: their tensors are real ones once :meth:`fill` has been called.
+
+        None where tensors cannot be had; then a codec's value that holds some stays :class:`Opaque`.
+        """
+
+    def fill(self) -> None:
+        """Read the tensors that ``decode`` gave out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A value that cannot be made here: its tag and body, for showing (torch is not loaded, or no codec registered)."""
+
+    tag: str
+    body: Any
+
+    def __hash__(self) -> int:
+        # A body may be a list, yet what it stands for may be the key of a dictionary.
+        return hash((self.tag, repr(self.body)))
+
+    def __repr__(self) -> str:
+        return f"{self.tag.removeprefix('$')}({self.body})"
+
+
+class OpaqueLeaves:
+    """Leaves for looking at a tree without torch: each stays what it is on disk."""
+
+    def encode(self, value: Any, path: str) -> dict[str, Json] | None:
+        """Nothing is a leaf when encoding without tensors."""
+        return None
+
+    def decode(self, tag: str, body: Json) -> Any:
+        """Every unknown tag becomes an :class:`Opaque`."""
+        return Opaque(tag, body)
+
+    def for_codec(self) -> None:
+        """There are no tensors here."""
+
+    def fill(self) -> None:
+        """There is nothing to read."""
+
+
+def child(path: str, key: object) -> str:
+    """The path of the value under ``key`` in the container at ``path``: ``optimizer.param_groups[0].lr``."""
+    if isinstance(key, str):
+        return f"{path}.{key}" if path else key
+    return f"{path}[{key!r}]"
+
+
+def unsupported(value: object, path: str, way_out: str) -> UnsupportedValueError:
+    """The error for a value that cannot be written."""
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return UnsupportedValueError(f"{path}: {name} cannot be saved exactly. {way_out}", key=path)

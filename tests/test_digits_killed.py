@@ -1,0 +1,173 @@
+"""The main job: a training run that is killed again and again ends with the bits of one that nobody killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast import Run
+
+ROOT = Path(__file__).parents[1]
+EPOCHS = 12
+KILLS = 20
+# Each seed is another choice of moments; more of them: HOLDFAST_KILL_SEEDS="1 2 3" make test
+SEEDS = [int(seed) for seed in os.environ.get("HOLDFAST_KILL_SEEDS", "1").split()]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process of a run ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Process:
+    """A process that trains digits; started, with its imports under way, and waiting for its orders."""
+
+    def __init__(self, run: Path, report: Path) -> None:
+        driver, example = ROOT / "tests" / "kill_driver.py", ROOT / "examples" / "digits.py"
+        command = [sys.executable, driver, example, "--run", run, "--report", report, "--epochs", str(EPOCHS)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self._process = subprocess.Popen(list(map(str, command)), text=True, **pipes)
+
+    def train(self, *, kill_in_step: int = 0, moment: int = 0) -> Ended:
+        """Let it train: up to ``moment`` (0: none) on the disk after a step, or to the end."""
+        stdout, stderr = self._process.communicate(f"{kill_in_step} {moment}\n")
+        return Ended(self._process.returncode, stdout, stderr)
+
+    def stop(self) -> None:
+        """End it if it has not ended."""
+        self._process.kill()
+        self._process.communicate()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the run that nobody killed came to."""
+
+    run: Path
+    report: dict[str, Any]
+    checkpoints: list[str]
+    steps_per_epoch: int
+    moments: list[int]  # on the disk, in the save after each epoch
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A run that nobody kills."""
+    directory = tmp_path_factory.mktemp("whole")
+    ended = Process(directory / "run", directory / "report.json").train()
+    assert ended.status == 0, ended
+    report = json.loads((directory / "report.json").read_text())
+    moments = json.loads(ended.stderr.splitlines()[-1])
+    steps_per_epoch = report["steps"] // EPOCHS
+    in_epochs = [0] * (EPOCHS + 1)
+    for step, count in moments.items():
+        in_epochs[int(step) // steps_per_epoch] += count
+    return Whole(directory / "run", report, names_in(directory / "run"), steps_per_epoch, in_epochs[1:])
+
+
+class Kills:
+    """Random moments to kill at, in batches and inside saves.
+
+    The moments inside saves come from all parts of a save: each of its stretches has its turn, in random order.
+    """
+
+    STRETCHES = 8
+
+    def __init__(self, rng: random.Random, whole: Whole) -> None:
+        self.in_saves = 0
+        self._rng = rng
+        self._whole = whole
+        self._stretches = itertools.cycle(rng.sample(range(self.STRETCHES), self.STRETCHES))
+
+    def choose(self, epochs_done: int, *, is_last: bool) -> tuple[int, int]:
+        """A step of the next process, and a moment on the disk after it (0: none), such that something is left to kill.
+
+        In a batch of the next one and a half epochs, or inside the save of the next epoch. Neither can bring the run
+        to its end, except that the last kill may fall into the last save.
+        """
+        epochs_left = EPOCHS - epochs_done
+        if self._rng.random() < 0.6 and (epochs_left > 1 or is_last):
+            self.in_saves += 1
+            place = (next(self._stretches) + self._rng.random()) / self.STRETCHES
+            return self._whole.steps_per_epoch, 1 + int(place * self._whole.moments[epochs_done])
+        return self._rng.randint(1, int(self._whole.steps_per_epoch * min(epochs_left, 1.5))), 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_nobody_killed(
+    seed: int, whole: Whole, tmp_path: Path
+) -> None:
+    """Killed at 20 random moments, in batches and inside saves, it ends bit-identical in everything.
+
+    After each kill every checkpoint that can be seen is intact, and the next process continues from the newest one.
+    """
+    kills = Kills(random.Random(seed), whole)
+    run, report = tmp_path / "run", tmp_path / "report.json"
+    upcoming = Process(run, report)
+    try:
+        for kill in range(KILLS):
+            process, upcoming = upcoming, Process(run, report)
+            epochs_done = newest_epoch(run)
+            step, moment = kills.choose(epochs_done, is_last=kill == KILLS - 1)
+
+            ended = process.train(kill_in_step=step, moment=moment)
+
+            where = f"kill {kill} (epoch {epochs_done}, step {step}, moment {moment}): {ended}"
+            assert ended.status == -signal.SIGKILL, where
+            assert resumed_after(ended) == epochs_done, where
+            for checkpoint in Run(run):
+                checkpoint.verify()
+            assert Run(run).broken() == [], where
+            # What was saved before the kill is there; of a save that was killed, all or nothing.
+            saved = (step - 1) // whole.steps_per_epoch
+            assert newest_epoch(run) - epochs_done in ({0, 1} if moment else {saved}), where
+        ended = upcoming.train()
+    finally:
+        upcoming.stop()
+
+    assert ended.status == 0, ended
+    assert json.loads(report.read_text()) == whole.report
+    assert names_in(run) == whole.checkpoints
+    assert 0 < kills.in_saves < KILLS
+
+
+def test_a_finished_run_reports_the_same_again(whole: Whole, tmp_path: Path) -> None:
+    """Started again after its end, it trains nothing and has the state that it ended with."""
+    ended = Process(whole.run, tmp_path / "report.json").train()
+
+    assert ended.status == 0, ended
+    assert resumed_after(ended) == EPOCHS
+    assert json.loads((tmp_path / "report.json").read_text()) == whole.report
+    assert names_in(whole.run) == whole.checkpoints
+
+
+def newest_epoch(run: Path) -> int:
+    """Epochs done in the newest checkpoint."""
+    newest = Run(run).latest()
+    return 0 if newest is None else newest.epoch
+
+
+def resumed_after(ended: Ended) -> int:
+    """The number of epochs from which a process went on, by its own words."""
+    first_line: Sequence[str] = ended.stdout.partition("\n")[0].split()
+    return int(first_line[-1]) if first_line[:1] == ["resuming"] else 0
+
+
+def names_in(run: Path) -> list[str]:
+    """Everything in the directory of a run."""
+    return sorted(path.name for path in run.iterdir())

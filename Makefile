@@ -1,63 +1,73 @@
-# `make demo` and `make test` work on a fresh machine that has Python 3.11 or newer and make; `make help` lists the rest.
+# Everything here needs only Python and make. What is installed goes into .venv, the built wheel into dist.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find src -name '*.py' -o -name 'py.typed')
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.DEFAULT_GOAL := help
-.PHONY: help demo test check bench torture clean
+# Arguments for the programs behind the targets: make test PYTEST_ARGS="-x tests/format", make bench BENCH_ARGS=--help
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+CODE := $(wildcard src tests examples benchmarks)
+TYPED := $(wildcard src/holdfast tests examples benchmarks)
+# The folders too: their times change when a file is added, removed or renamed.
+SOURCES := $(shell find src \( -type f -o -type d \) -not -path '*/__pycache__*')
+
 .DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help demo test check bench torture clean
 
-help:
-	@echo "make demo     train on real data, kill it, resume it, compare"
-	@echo "make test     the tests, against the built wheel"
-	@echo "make check    ruff, mypy, the floors of the house"
-	@echo "make bench    the peers side by side (BENCH_ARGS='--rounds 3' and the like)"
-	@echo "make torture  the slow tests with their full counts"
-	@echo "make clean    remove what the others made"
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# The tools, made anew when what they are made from changes.
-$(VENV)/tools: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("Holdfast needs Python 3.11 or newer; this is %d.%d. Set PYTHON=..." % v)'
-	@echo "making $(VENV)"
-	@rm -rf $(VENV)
-	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c constraints.txt hatchling
-	@mkdir -p build && $(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["dev"]))' > build/requirements.txt
-	@$(PIP) install -c constraints.txt -r build/requirements.txt
-	@touch $@
+demo: $(VENV)/.wheel ## train on real data, kill the training again and again, resume, compare
+	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-# Holdfast itself, as a user gets it: built into a wheel and installed. Nothing runs from src/.
-$(VENV)/holdfast: $(VENV)/tools $(SOURCES) README.md LICENSE
-	@rm -rf build/wheel
-	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel .
-	@$(PIP) install --no-deps --force-reinstall build/wheel/*.whl
-	@touch $@
+test: $(VENV)/.wheel ## the tests, against the wheel that users would install
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-$(VENV)/bench: $(VENV)/tools
-	@$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["optional-dependencies"]["bench"]))' > build/bench.txt
-	@$(PIP) install -c constraints.txt -r build/bench.txt
-	@touch $@
-
-demo: $(VENV)/holdfast
-	@$(BIN)/python examples/demo.py
-
-test: $(VENV)/holdfast
-	@$(BIN)/python -m pytest -q $(TEST_ARGS)
-
-check: $(VENV)/holdfast
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+check: $(VENV)/.wheel ## lint, format, types, and the floors of the house
+	@$(BIN)/ruff check --quiet $(CODE)
+	@$(BIN)/ruff format --quiet --check $(CODE) || { \
+	    $(BIN)/ruff format --diff --quiet $(CODE); echo "to format: $(BIN)/ruff format $(CODE)"; exit 1; }
+	@$(BIN)/mypy --no-error-summary $(TYPED)
 	@$(BIN)/python -m pytest -q tests/test_house.py tests/test_public_names.py
+	@echo "lint, format, types and house are in order"
 
-bench: $(VENV)/holdfast $(VENV)/bench
+bench: $(VENV)/.wheel $(VENV)/.bench ## the benchmarks (BENCH_ARGS=--help lists them)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-torture: $(VENV)/holdfast
-	@HOLDFAST_TORTURE=1 $(BIN)/python -m pytest -q $(TEST_ARGS)
+torture: $(VENV)/.wheel ## the tests with all their rounds; takes long
+	@HOLDFAST_TORTURE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-clean:
-	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove what the targets made
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment: everything but Holdfast itself has its final version here.
+$(VENV)/.deps: pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+	    echo "There is no '$(PYTHON)' here. Say which Python to use: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Holdfast needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1)." >&2; \
+	    echo "Say which Python to use: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "making $(VENV) (the first time downloads PyTorch, which takes minutes)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(PIP) install -c constraints.txt hatchling
+	@$(PIP) install -c constraints.txt --no-build-isolation '.[dev,examples]'
+	@touch $@
+
+# The benchmarks compare with other libraries, which nothing else needs.
+$(VENV)/.bench: $(VENV)/.deps
+	@echo "installing what the benchmarks compare with"
+	@$(PIP) install -c constraints.txt --no-build-isolation '.[bench]'
+	@touch $@
+
+# The wheel: built from src, installed as it is. Without this the tests could pass on files that are never shipped.
+$(VENV)/.wheel: $(VENV)/.deps README.md LICENSE $(SOURCES)
+	@rm -rf dist/holdfast-*.whl
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@$(PIP) install --no-deps --force-reinstall dist/holdfast-*.whl
+	@touch $@

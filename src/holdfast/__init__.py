@@ -48,7 +48,7 @@ _HOMES = {
 }
 _MODULES = ("classic", "errors")
 
-__all__ = [  # noqa: PLE0604, F822 - the names are loaded by __getattr__
+__all__ = [
     "Checkpoint",
     "Checkpointer",
     "Every",

@@ -6,7 +6,7 @@ import datetime
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from holdfast.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     Damage,
+    FormatVersionError,
     UnsupportedValueError,
     storage_errors,
 )
@@ -189,24 +190,26 @@ class Checkpoint:
         numpy_name = DTYPES[record.dtype].numpy
         if numpy_name is None:
             raise UnsupportedValueError(
-                f"{name}: numpy has no {record.dtype}; holdfast.load({self.path!r}, only={name!r}) gives a torch tensor.",
+                f"{name}: numpy has no {record.dtype}; "
+                f"holdfast.load({self.path!r}, only={name!r}) gives a torch tensor.",
                 key=name,
             )
         array = np.empty(record.shape, numpy_name)
         self.read_pieces([(name, piece, _box_sink(array, piece)) for piece in record.pieces])
         return array
 
-    def read_pieces(self, wanted: Iterable[tuple[str, Piece, Sink]]) -> None:
+    def read_pieces(self, wanted: Iterable[tuple[str, Piece, Sink]], *, whole: bool = False) -> None:
         """Read pieces of tensors, each chunk verified before any of its bytes reach a sink. Blocks.
 
         Args:
             wanted: for each piece: the tensor's ``entry/name``, the piece, and what takes its bytes.
+            whole: verify every other chunk of every file too.
 
         Raises:
             CorruptCheckpointError: names file, chunk and tensors.
             CheckpointNotFoundError: the checkpoint was removed since it was opened.
         """
-        by_file: dict[str, list[Read]] = {}
+        by_file: dict[str, list[Read]] = {name: [] for name in self._manifest.files} if whole else {}
         for label, piece, sink in wanted:
             entry, _, name = label.partition("/")
             itemsize = DTYPES[self._manifest.record(entry, name).dtype].itemsize
@@ -217,11 +220,14 @@ class Checkpoint:
         spans = self._spans()
         with self._opened() as stored:
             for file_name, reads in by_file.items():
-                file = stored.open_file(file_name)
-                try:
-                    damage = scatter(file, file_name, self._manifest.files[file_name], reads, spans[file_name])
-                finally:
-                    file.close()
+                damage = _unreadable(stored, self._manifest, file_name)
+                if not damage:
+                    file = stored.open_file(file_name)
+                    try:
+                        record = self._manifest.files[file_name]
+                        damage = scatter(file, file_name, record, reads, spans[file_name], whole=whole)
+                    finally:
+                        file.close()
                 if damage:
                     raise CorruptCheckpointError.at(self.path, damage, self.step)
 
@@ -324,14 +330,14 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:  # noqa: A001 - the public
     """Open a checkpoint for reading. Needs no torch; reads the manifest and checks the sizes of the files.
 
     Args:
-        path: the directory of one checkpoint.
+        path: the directory of one checkpoint, or a symbolic link to it.
 
     Raises:
         CheckpointNotFoundError: there is none; when ``path`` is a run, the message names its newest.
         CorruptCheckpointError: what is there is not whole.
         FormatVersionError: a newer Holdfast wrote it.
     """
-    absolute = os.path.abspath(os.fspath(path))
+    absolute = os.path.realpath(os.fspath(path))
     store = LocalStore(os.path.dirname(absolute))
     return open_checkpoint(store, os.path.basename(absolute))
 
@@ -351,6 +357,8 @@ def _reading(path: str, step: int | None = None) -> Iterator[None]:
 def _why_not_found(path: str) -> str:
     if os.path.isfile(path):
         return f"{path} is a file; a checkpoint is a directory with a {MANIFEST}."
+    if os.path.islink(path):
+        return f"{path} is a symbolic link; within a run, a checkpoint is a directory."
     if not os.path.isdir(path):
         return f"{path} does not exist; expected the directory of a checkpoint."
     inside = sorted(filter(None, map(CheckpointName.parse, os.listdir(path))))
@@ -366,7 +374,7 @@ def _read_manifest(stored: StoredCheckpoint) -> Manifest:
     except CorruptCheckpointError:
         raise
     except ValueError as error:
-        if isinstance(error, manifests.FormatVersionError):
+        if isinstance(error, FormatVersionError):
             raise
         raise CorruptCheckpointError.at(stored.path, [Damage(MANIFEST, str(error))]) from error
 
@@ -396,22 +404,26 @@ def _structure_damage(stored: StoredCheckpoint, manifest: Manifest) -> list[Dama
     """Files that are missing, of another size, or not part of the checkpoint."""
     damage = []
     present = set(stored.names())
-    for name, record in manifest.files.items():
-        if name not in present:
-            damage.append(Damage(name, "is missing", tensors=_tensors_in(manifest, name)))
-            continue
-        try:
-            file = stored.open_file(name)
-        except ValueError as error:
-            damage.append(Damage(name, str(error), tensors=_tensors_in(manifest, name)))
-            continue
-        nbytes = file.nbytes
-        file.close()
-        if nbytes != record.bytes:
-            what = f"has {nbytes} bytes, expected {record.bytes}"
-            damage.append(Damage(name, what, tensors=_tensors_in(manifest, name)))
+    for name in manifest.files:
+        damage += _unreadable(stored, manifest, name)
     strangers = sorted(name for name in present - set(manifest.files) if not is_auxiliary(name))
     return damage + [Damage(name, "is not part of the checkpoint") for name in strangers]
+
+
+def _unreadable(stored: StoredCheckpoint, manifest: Manifest, name: str) -> list[Damage]:
+    """Why a data file cannot be what was written, as far as a look at its size tells."""
+    try:
+        file = stored.open_file(name)
+    except FileNotFoundError:
+        return [Damage(name, "is missing", tensors=_tensors_in(manifest, name))]
+    except ValueError as error:
+        return [Damage(name, str(error), tensors=_tensors_in(manifest, name))]
+    nbytes = file.nbytes
+    file.close()
+    expected = manifest.files[name].bytes
+    if nbytes == expected:
+        return []
+    return [Damage(name, f"has {nbytes} bytes, expected {expected}", tensors=_tensors_in(manifest, name))]
 
 
 def _tensors_in(manifest: Manifest, file: str) -> tuple[str, ...]:

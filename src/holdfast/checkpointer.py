@@ -239,8 +239,8 @@ class Checkpointer:
             if name not in metrics:
                 given = ", ".join(metrics) or "none"
                 raise MissingMetricError(
-                    f"end_epoch: {self._keep_policy} ranks checkpoints by {name!r}, but the metrics given are: {given}. "
-                    f"Pass it: end_epoch({{{name!r}: value}}).",
+                    f"end_epoch: {self._keep_policy} ranks checkpoints by {name!r}, but the metrics given are: "
+                    f"{given}. Pass it: end_epoch({{{name!r}: value}}).",
                     key=name,
                 )
 

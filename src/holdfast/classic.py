@@ -1,8 +1,8 @@
 """The three functions of every tutorial, by name and signature, and safe.
 
-What differs from the tutorial: a checkpoint is a directory (``best_model.pt`` becomes a directory of that name), a crash
-at any point leaves the old one or the new one, the random-number generators are saved and restored too, and nothing is
-ever unpickled but the tutorial's own files, those with ``weights_only=True``.
+What differs from the tutorial: a checkpoint is a directory (``best_model.pt`` becomes a directory of that name), a
+crash at any point leaves the old one or the new one, the random-number generators are saved and restored too, and
+nothing is ever unpickled but the tutorial's own files, those with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint import Checkpoint, open
+from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
 from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, HoldfastError, UsageError
 from holdfast.loading import load, restore
 from holdfast.saving import About, write
@@ -28,7 +28,12 @@ _LOSS_NAMES = ("best_val_loss", "best_loss", "val_loss", "loss")
 
 
 def save_checkpoint(
-    model: torch.nn.Module, optimizer: Any, scheduler: Any, epoch: int, best_val_loss: float, path: str | os.PathLike[str]
+    model: torch.nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    epoch: int,
+    best_val_loss: float,
+    path: str | os.PathLike[str],
 ) -> Checkpoint:
     """Save a training to ``path``, in the place of what was saved there before. Blocks until it is durable.
 
@@ -91,9 +96,7 @@ def load_checkpoint(
     return result
 
 
-def save_rotating_checkpoint(
-    state: Mapping[str, Any], path: str | os.PathLike[str], keep_last: int = 3
-) -> Checkpoint:
+def save_rotating_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str], keep_last: int = 3) -> Checkpoint:
     """Save the tutorial's dictionary to ``path``, then remove the oldest of its series. Blocks until it is durable.
 
     Args:
@@ -175,8 +178,8 @@ def _read_tutorial_file(path: str | os.PathLike[str], device: torch.device) -> M
         loaded = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"{os.fspath(path)} holds pickled objects beside tensors and plain values, and unpickling them can run any code. "
-            "It was not read. Save it again as state dictionaries where you trust it, or convert it there with "
+            f"{os.fspath(path)} holds pickled objects beside tensors and plain values, and unpickling them can run any "
+            "code. It was not read. Save it again as state dictionaries where you trust it, or convert it there with "
             f"torch.load(path, weights_only=False). The refusal was: {str(error).splitlines()[0]}",
             path=path,
         ) from error
@@ -187,7 +190,9 @@ def _read_tutorial_file(path: str | os.PathLike[str], device: torch.device) -> M
             path=path,
         ) from error
     if not isinstance(loaded, Mapping):
-        raise UsageError(f"{os.fspath(path)}: expected the tutorial's dictionary, found {type(loaded).__qualname__}.", path=path)
+        raise UsageError(
+            f"{os.fspath(path)}: expected the tutorial's dictionary, found {type(loaded).__qualname__}.", path=path
+        )
     return loaded
 
 

@@ -127,7 +127,9 @@ class CorruptCheckpointError(HoldfastError, ValueError):
         self.damage = tuple(damage)
 
     @classmethod
-    def at(cls, path: str | os.PathLike[str], damage: Sequence[Damage], step: int | None = None) -> CorruptCheckpointError:
+    def at(
+        cls, path: str | os.PathLike[str], damage: Sequence[Damage], step: int | None = None
+    ) -> CorruptCheckpointError:
         """The error for ``damage`` found in the checkpoint at ``path``."""
         found = "\n".join(f"  {item}" for item in damage)
         return cls(

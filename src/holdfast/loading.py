@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from holdfast.checkpoint import Checkpoint, open
-from holdfast.errors import CorruptCheckpointError, Damage, UsageError
+from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
+from holdfast.errors import CorruptCheckpointError, Damage, HoldfastError, UsageError
 from holdfast.format import tree
 from holdfast.format.names import MANIFEST
 from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor, fill
@@ -46,13 +47,13 @@ def load(
     for entry, node in checkpoint.manifest.state.items():
         if entry.startswith("_"):
             continue
-        value = selection.pruned(_decoded(checkpoint, entry, node), entry, entry)
+        value = selection.pruned(_decoded(checkpoint, entry, node, device), entry, entry)
         if value is not _ABSENT:
             loaded[entry] = value
     selection.check()
     targets = _Targets(torch.device(device))
     filled = {entry: targets.place(value) for entry, value in loaded.items()}
-    fill(checkpoint, targets.copies)
+    fill(checkpoint, targets.copies, whole=only is None)
     return filled
 
 
@@ -87,9 +88,11 @@ def restore(
     return restore_state(checkpoint, state, strict=strict, generators=generators)
 
 
-def _decoded(checkpoint: Checkpoint, entry: str, node: Any) -> Any:
+def _decoded(checkpoint: Checkpoint, entry: str, node: Any, device: str | torch.device) -> Any:
     try:
-        return tree.decode(node, SavedLeaves(checkpoint.manifest, entry))
+        return tree.decode(node, SavedLeaves(checkpoint, entry, device))
+    except HoldfastError:
+        raise
     except (ValueError, KeyError) as error:
         damage = [Damage(MANIFEST, f"state of {entry}: {error}")]
         raise CorruptCheckpointError.at(checkpoint.path, damage, checkpoint.step) from error
@@ -114,7 +117,9 @@ class _Selection:
         if type(value) in (list, tuple):
             parts = [self.pruned(item, entry, f"{path}[{index}]") for index, item in enumerate(value)]
             # Positions stay what they were: what does not match leaves a None.
-            return _ABSENT if all(p is _ABSENT for p in parts) else type(value)(None if p is _ABSENT else p for p in parts)
+            return (
+                _ABSENT if all(p is _ABSENT for p in parts) else type(value)(None if p is _ABSENT else p for p in parts)
+            )
         return _ABSENT
 
     def check(self) -> None:
@@ -123,7 +128,8 @@ class _Selection:
             if pattern not in self._matched:
                 entries = ", ".join(entry for entry in self._checkpoint.manifest.state if not entry.startswith("_"))
                 raise UsageError(
-                    f"only={pattern!r} matches nothing in {self._checkpoint.path}; its entries are: {entries}.", key=pattern
+                    f"only={pattern!r} matches nothing in {self._checkpoint.path}; its entries are: {entries}.",
+                    key=pattern,
                 )
 
     def _matches(self, entry: str, path: str) -> bool:
@@ -158,6 +164,9 @@ class _Targets:
             return value
         if type(value) in (list, tuple):
             return type(value)(self.place(item) for item in value)
+        if isinstance(value, deque):
+            for index, item in enumerate(value):
+                value[index] = self.place(item)
         return value
 
     def _make(self, saved: SavedTensor | SavedArray, new: Callable[[], Any]) -> Any:

@@ -169,7 +169,9 @@ class KeepBest(_KeepOperators):
         if not isinstance(self.metric, str) or not self.metric:
             raise UsageError(f"KeepBest(metric): expected a name, found {self.metric!r}.", key="metric")
         if self.mode not in ("min", "max"):
-            raise UsageError(f"KeepBest({self.metric!r}, mode): expected 'min' or 'max', found {self.mode!r}.", key="mode")
+            raise UsageError(
+                f"KeepBest({self.metric!r}, mode): expected 'min' or 'max', found {self.mode!r}.", key="mode"
+            )
         _check_positive("KeepBest(n=)", self.n, whole=True)
 
     @property
@@ -234,7 +236,9 @@ def _any_keep(*policies: Any) -> AnyKeep:
     flat: list[Retention] = []
     for policy in policies:
         if not callable(getattr(policy, "keep", None)):
-            raise UsageError(f"a retention policy has a method keep(checkpoints); found {policy!r}, which belongs elsewhere.")
+            raise UsageError(
+                f"a retention policy has a method keep(checkpoints); found {policy!r}, which belongs elsewhere."
+            )
         flat.extend(policy.policies if isinstance(policy, AnyKeep) else [policy])
     return AnyKeep(tuple(flat))
 

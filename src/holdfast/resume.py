@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint import Checkpoint, open
+from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
 from holdfast.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -154,8 +154,8 @@ def _refuse_existing(run: Run) -> None:
     newest = run.latest()
     if newest is not None:
         raise CheckpointExistsError(
-            f"{run.path} has checkpoints up to step {newest.step}: a training from step 0 would never become the newest "
-            "of them. Use another directory, or remove these.",
+            f"{run.path} has checkpoints up to step {newest.step}: a training from step 0 would never become the "
+            "newest of them. Use another directory, or remove these.",
             path=run.path,
             step=newest.step,
         )

@@ -20,7 +20,6 @@ from holdfast.errors import (
     UsageError,
 )
 from holdfast.format import manifest as manifests
-
 from holdfast.format.names import CheckpointName
 from holdfast.storage.local import LocalStore
 
@@ -84,7 +83,8 @@ class Run:
         self.store = LocalStore(self.path)
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise StorageError(
-                f"{self.path} is not a directory; a run is a directory of checkpoints. Choose another path.", path=self.path
+                f"{self.path} is not a directory; a run is a directory of checkpoints. Choose another path.",
+                path=self.path,
             )
 
     def __repr__(self) -> str:
@@ -105,7 +105,9 @@ class Run:
             _warn_of(found)
         steps = sorted({name.step for name in self.names()})
         raise CheckpointNotFoundError(
-            f"{self.path} has no intact checkpoint of step {step}; it has steps {_shorten(steps)}.", path=self.path, step=step
+            f"{self.path} has no intact checkpoint of step {step}; it has steps {_shorten(steps)}.",
+            path=self.path,
+            step=step,
         )
 
     def names(self) -> list[CheckpointName]:
@@ -250,9 +252,7 @@ def ranked_by(metric: str, mode: str, checkpoints: Sequence[Checkpoint]) -> list
 
 
 def _kept(intact: Sequence[Checkpoint], keep: Retention, protect: Iterable[str]) -> dict[str, str]:
-    kept: dict[str, str] = {}
-    for name, why in keep.keep(intact).items():
-        kept[name] = why
+    kept = dict(keep.keep(intact))
     for checkpoint in intact:
         if checkpoint.pinned:
             kept[checkpoint.name] = "pinned"
@@ -270,5 +270,3 @@ def _warn_of(broken: Broken) -> None:
 def _shorten(steps: Sequence[int]) -> str:
     shown = [str(step) for step in steps]
     return ", ".join(shown) if len(shown) <= 8 else ", ".join([*shown[:3], "...", *shown[-3:]])
-
-

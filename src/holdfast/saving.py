@@ -92,12 +92,16 @@ def encode_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     encoded = {}
     for name, value in (metrics or {}).items():
         if not isinstance(name, str) or name.startswith("$"):
-            raise UsageError(f"metrics: expected names as text that do not start with '$', found {name!r}.", key=str(name))
+            raise UsageError(
+                f"metrics: expected names as text that do not start with '$', found {name!r}.", key=str(name)
+            )
         plain = value
         if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
             plain = value.item()
         if not isinstance(plain, (bool, int, float, str)):
-            raise UsageError(f"metrics[{name!r}]: expected a number or text, found {type(value).__qualname__}.", key=name)
+            raise UsageError(
+                f"metrics[{name!r}]: expected a number or text, found {type(value).__qualname__}.", key=name
+            )
         encoded[name] = tree.encode(plain, f"metrics.{name}", tree.OpaqueLeaves())
     return encoded
 
@@ -160,7 +164,7 @@ def _write_files(pending: PendingCheckpoint, captured: Mapping[str, CapturedEntr
         parent=about.parent,
         step=about.step,
         epoch=about.epoch,
-        created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         reason=about.reason,
         metrics=dict(about.metrics),
         state={entry: content.tree for entry, content in captured.items()},

@@ -68,14 +68,14 @@ class BlockingWriter:
         future: Future[Checkpoint] = Future()
         try:
             checkpoint = self._run.write(captured, about)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, check() and the handle raise it
             self._failure = self._failure or error
             future.set_exception(error)
             return SaveHandle(future)
         future.set_result(checkpoint)
         try:
             self._after_commit(checkpoint)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - check() raises it
             # The checkpoint is safe, so the handle says so; that others could not be removed is raised by check().
             self._failure = self._failure or error
         return SaveHandle(future)

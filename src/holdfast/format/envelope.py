@@ -21,7 +21,9 @@ def unseal(key: str, data: bytes) -> bytes:
     middle = b'","' + key.encode() + b'":'
     start = len(_OPEN) + _HEX + len(middle)
     if not data.startswith(_OPEN) or data[len(_OPEN) + _HEX : start] != middle or not data.endswith(b"}\n"):
-        raise ValueError(f"not a sealed {key}: expected {_OPEN.decode()}...{middle.decode()}...}}, cut short or changed")
+        raise ValueError(
+            f"not a sealed {key}: expected {_OPEN.decode()}...{middle.decode()}...}}, cut short or changed"
+        )
     inner = data[start:-2]
     expected = data[len(_OPEN) : len(_OPEN) + _HEX].decode("ascii", "replace")
     found = xxhash.xxh3_128_hexdigest(inner)

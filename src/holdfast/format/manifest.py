@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from holdfast.errors import FormatVersionError
-from holdfast.format import envelope, strict_json
+from holdfast.errors import FormatVersionError, UsageError
+from holdfast.format import envelope, strict_json, tree
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import MAX_STEP, is_data_file_name, is_entry_name
 
@@ -19,8 +21,10 @@ MAX_MANIFEST_BYTES = 2**30
 MAX_ANNOTATIONS_BYTES = 2**24
 MAX_DIMENSIONS = 64
 _MAX_BYTES = 2**63 - 1
+_MAX_ELEMENTS = _MAX_BYTES // 16  # of the widest type
 _MAX_CHUNK_BYTES = 2**30
-_MEMORY_FORMATS = ("contiguous", "channels_last", "channels_last_3d")
+_MEMORY_FORMATS = {"contiguous": None, "channels_last": 4, "channels_last_3d": 5}  # and the dimensions each needs
+_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _SUPPORTED_BY = {FORMAT: "0.1"}
 
 
@@ -111,8 +115,18 @@ class Annotations(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of ``manifest.json``."""
-    return envelope.seal("manifest", msgspec.json.encode(manifest))
+    """The bytes of ``manifest.json``.
+
+    Raises:
+        UsageError: they would be more than a reader takes.
+    """
+    data = envelope.seal("manifest", msgspec.json.encode(manifest))
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise UsageError(
+            f"the values beside the tensors take {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} that a manifest "
+            "may have; put large lists, texts and bytes into arrays."
+        )
+    return data
 
 
 def decode(data: bytes, path: str) -> Manifest:
@@ -140,7 +154,9 @@ def encode_annotations(annotations: Annotations) -> bytes:
 
 def decode_annotations(data: bytes) -> Annotations:
     """The annotations in ``data``; ValueError says what is wrong."""
-    return strict_json.decode(envelope.unseal("annotations", data), Annotations)
+    annotations = strict_json.decode(envelope.unseal("annotations", data), Annotations)
+    _check_metrics(annotations.metrics)
+    return annotations
 
 
 class _Version(msgspec.Struct):
@@ -170,6 +186,14 @@ def _check(manifest: Manifest) -> None:
     """Refuse whatever the types alone do not."""
     _require(0 <= manifest.step <= MAX_STEP, f"step {manifest.step} is out of range")
     _require(0 <= manifest.epoch <= MAX_STEP, f"epoch {manifest.epoch} is out of range")
+    for name, value in (
+        ("checkpoint_id", manifest.checkpoint_id),
+        ("run_id", manifest.run_id),
+        ("parent", manifest.parent),
+    ):
+        _require(value is None or _ID.fullmatch(value) is not None, f"{name}: expected 32 hex digits, found {value!r}")
+    _check_time(manifest.created_at)
+    _check_metrics(manifest.metrics)
     for name, file in manifest.files.items():
         _require(is_data_file_name(name), f"{name!r} is not the name of a data file")
         _check_file(name, file)
@@ -184,43 +208,74 @@ def _check(manifest: Manifest) -> None:
             _require(name in known and alias not in known, f"{entry}/{alias} is an alias of no tensor")
 
 
+def _check_metrics(metrics: Mapping[str, Any]) -> None:
+    _require(not any(name.startswith("$") for name in metrics), f"metrics: {sorted(metrics)} are not names")
+    tree.decode(dict(metrics), tree.OpaqueLeaves())
+
+
+def _check_time(text: str) -> None:
+    try:
+        zone = datetime.datetime.fromisoformat(text).utcoffset()
+    except ValueError as error:
+        raise ValueError(f"created_at: {error}") from error
+    _require(zone == datetime.timedelta(), f"created_at: expected a time in UTC, found {text!r}")
+
+
 def _check_file(name: str, file: FileRecord) -> None:
     _require(0 <= file.bytes <= _MAX_BYTES, f"{name}: {file.bytes} bytes is out of range")
     _require(4096 <= file.chunk_bytes <= _MAX_CHUNK_BYTES, f"{name}: chunks of {file.chunk_bytes} bytes")
     chunks = -(-file.bytes // file.chunk_bytes)
     _require(len(file.xxh3_128) == chunks, f"{name}: expected {chunks} checksums, found {len(file.xxh3_128)}")
-    _require(all(len(checksum) == 32 for checksum in file.xxh3_128), f"{name}: a checksum is not 32 hex digits")
+    _require(all(map(_ID.fullmatch, file.xxh3_128)), f"{name}: a checksum is not 32 hex digits")
 
 
 def _check_tensor(where: str, record: TensorRecord, files: Mapping[str, FileRecord]) -> None:
     dtype = DTYPES.get(record.dtype)
     _require(dtype is not None, f"{where}: unknown dtype {record.dtype!r}")
+    _require(is_shape(record.shape), f"{where}: impossible shape {record.shape}")
     _require(record.memory_format in _MEMORY_FORMATS, f"{where}: unknown memory format {record.memory_format!r}")
-    _require(_is_shape(record.shape), f"{where}: impossible shape {record.shape}")
+    dimensions = _MEMORY_FORMATS[record.memory_format]
+    _require(dimensions in (None, len(record.shape)), f"{where}: {record.memory_format} of shape {record.shape}")
     _require(len(record.pieces) > 0, f"{where}: has no pieces")
     assert dtype is not None
     for piece in record.pieces:
         offset = piece.offset or (0,) * len(record.shape)
         _require(
-            _is_shape(piece.shape)
+            is_shape(piece.shape)
             and len(piece.shape) == len(offset) == len(record.shape)
             and all(
-                0 <= start and start + size <= whole
+                start >= 0 and start + size <= whole
                 for start, size, whole in zip(offset, piece.shape, record.shape, strict=True)
             ),
             f"{where}: a piece of shape {piece.shape} at {offset} is not within {record.shape}",
         )
         _require(piece.file in files, f"{where}: lies in {piece.file!r}, which the manifest does not list")
         end = piece.begin + math.prod(piece.shape) * dtype.itemsize
-        _require(0 <= piece.begin and end <= files[piece.file].bytes, f"{where}: lies outside {piece.file}")
-    # Pieces that do not overlap need not be proven here: what they cover is. Equal volume shows a hole or an overlap.
+        _require(piece.begin >= 0 and end <= files[piece.file].bytes, f"{where}: lies outside {piece.file}")
     covered = sum(math.prod(piece.shape) for piece in record.pieces)
     _require(covered == math.prod(record.shape), f"{where}: its pieces cover {covered} elements of {record.shape}")
+    # Of the right volume and without an overlap, they leave no hole either.
+    _require(not _overlap(record.pieces), f"{where}: its pieces overlap")
 
 
-def _is_shape(shape: tuple[int, ...]) -> bool:
+def _overlap(pieces: Sequence[Piece]) -> bool:
+    """Whether any two boxes share an element."""
+    boxes = sorted((piece.offset or (0,) * len(piece.shape), piece.shape) for piece in pieces if math.prod(piece.shape))
+    for index, (offset, shape) in enumerate(boxes):
+        for other, size in boxes[index + 1 :]:
+            if other and other[0] >= offset[0] + shape[0]:
+                break  # sorted by where they start: no later one reaches back to this one
+            if all(a < b + n and b < a + m for a, m, b, n in zip(offset, shape, other, size, strict=True)):
+                return True
+    return False
+
+
+def is_shape(shape: tuple[Any, ...]) -> bool:
+    """Whether arrays of ``shape`` can be: numpy and torch compute strides as if no size were zero."""
     return (
-        len(shape) <= MAX_DIMENSIONS and all(0 <= size <= _MAX_BYTES for size in shape) and math.prod(shape) <= _MAX_BYTES
+        len(shape) <= MAX_DIMENSIONS
+        and all(type(size) is int and size >= 0 for size in shape)
+        and math.prod(max(size, 1) for size in shape) <= _MAX_ELEMENTS
     )
 
 

@@ -126,7 +126,8 @@ def check_entry_names(names: Iterable[object]) -> None:
         twin = seen.setdefault(name.casefold(), name)
         if twin != name:
             raise UsageError(
-                f"state[{twin!r}] and state[{name!r}] would be one file where the file system ignores case; rename one.",
+                f"state[{twin!r}] and state[{name!r}] would be one file where the file system ignores case; "
+                "rename one.",
                 key=name,
             )
 

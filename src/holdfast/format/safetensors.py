@@ -56,8 +56,8 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 def plan(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Layout:
     """Lay out ``tensors`` (name, safetensors code, stored shape) in a file.
 
-    Wider elements come first, as the safetensors library sorts them, so that each tensor is aligned to its own elements;
-    among equals the given order is kept.
+    Wider elements come first, as the safetensors library sorts them, so that each tensor is aligned to its own
+    elements; among equals the given order is kept.
     """
     ordered = sorted(tensors, key=lambda tensor: -CODE_ITEMSIZE[tensor[1]])
     sizes = [math.prod(shape) * CODE_ITEMSIZE[code] for _, code, shape in ordered]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import Manifest, TensorRecord
+from holdfast.format.manifest import TensorRecord, is_shape
 from holdfast.format.tree import plain_numpy_dtype
-from holdfast.state.tensors import array_sink, tensor_sink
+from holdfast.state.tensors import array_sink, new_tensor, tensor_sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +54,26 @@ class SavedArray:
 
 
 class SavedLeaves:
-    """Makes references of the tensors of one entry while its tree is decoded."""
+    """Makes references of the tensors of one entry while its tree is decoded.
 
-    def __init__(self, manifest: Manifest, entry: str) -> None:
-        self._manifest = manifest
+    Args:
+        checkpoint: what is loaded.
+        entry: the entry.
+        device: where tensors go that a codec asks for before anything else is read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, entry: str, device: torch.device | str = "cpu") -> None:
+        self._checkpoint = checkpoint
+        self._manifest = checkpoint.manifest
         self._entry = entry
+        self._device = device
 
-    def encode(self, value: Any, path: str) -> dict[str, Any] | None:
-        """Never called: loading only decodes."""
-        return None
+    def for_codec(self) -> CodecLeaves:
+        """Leaves whose tensors are real ones."""
+        return CodecLeaves(self._checkpoint, self._entry, self._device)
+
+    def fill(self) -> None:
+        """References are filled by whoever decoded them."""
 
     def decode(self, tag: str, body: Any) -> Any:
         """A reference to a tensor or array, or one of torch's own values."""
@@ -100,13 +112,45 @@ class SavedLeaves:
         key, record = self._record(name)
         dtype = plain_numpy_dtype(dtype_text)
         saved = SavedArray(key, record, dtype, tuple(shape))
-        if int(np.prod(saved.shape, dtype=np.int64)) * dtype.itemsize != record.nbytes:
+        if not is_shape(saved.shape) or math.prod(saved.shape) * dtype.itemsize != record.nbytes:
             raise ValueError(f"{name}: {record.nbytes} bytes are no array of shape {shape} of {dtype}")
         return saved
 
 
-def fill(checkpoint: Checkpoint, copies: Iterable[tuple[SavedTensor | SavedArray, Any]]) -> None:
-    """Read each saved tensor or array into its destination; destinations may lie on any device."""
+class CodecLeaves(SavedLeaves):
+    """Makes new tensors for the value that a codec is about to be given: its function may compute with them."""
+
+    def __init__(self, checkpoint: Checkpoint, entry: str, device: torch.device | str) -> None:
+        super().__init__(checkpoint, entry, device)
+        self._made: dict[str, Any] = {}
+        self._copies: list[tuple[SavedTensor | SavedArray, Any]] = []
+
+    def decode(self, tag: str, body: Any) -> Any:
+        """A new tensor or array, to be filled, or one of torch's own values."""
+        saved = super().decode(tag, body)
+        if not isinstance(saved, (SavedTensor, SavedArray)):
+            return saved
+        if saved.key not in self._made:
+            made = new_tensor(saved.record, self._device) if isinstance(saved, SavedTensor) else saved.new()
+            self._made[saved.key] = made
+            self._copies.append((saved, made))
+        return self._made[saved.key]
+
+    def fill(self) -> None:
+        """Read them."""
+        fill(self._checkpoint, self._copies)
+
+
+def fill(
+    checkpoint: Checkpoint, copies: Iterable[tuple[SavedTensor | SavedArray, Any]], *, whole: bool = False
+) -> None:
+    """Read each saved tensor or array into its destination; destinations may lie on any device.
+
+    Args:
+        checkpoint: where from.
+        copies: what, and where to.
+        whole: verify also the chunks that hold none of it.
+    """
     wanted = []
     for saved, target in copies:
         for piece in saved.record.pieces:
@@ -114,4 +158,4 @@ def fill(checkpoint: Checkpoint, copies: Iterable[tuple[SavedTensor | SavedArray
                 wanted.append((saved.key, piece, array_sink(target)))
             elif saved.record.nbytes:
                 wanted.append((saved.key, piece, tensor_sink(target, saved.record, piece)))
-    checkpoint.read_pieces(wanted)
+    checkpoint.read_pieces(wanted, whole=whole)

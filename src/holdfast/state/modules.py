@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 # Recognized by name, so that none of them has to be imported to find out that it is not used.
 _WRAPPERS = {
@@ -69,9 +70,7 @@ def parameter_names(module: torch.nn.Module) -> list[tuple[str, torch.nn.Paramet
 def owned_storages(module: torch.nn.Module) -> set[int]:
     """The storages of the module's own parameters and buffers: writing there is writing into the module."""
     return {
-        tensor.untyped_storage()._cdata
-        for tensor in [*module.parameters(), *module.buffers()]
-        if not isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
+        tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()] if not is_lazy(tensor)
     }
 
 

@@ -137,9 +137,7 @@ def _match_groups(
     for _, _, position, index in overlaps:
         largest.setdefault(position, index)
     groups = [saved_groups[paired[p]] if p in paired else None for p in range(len(live_groups))]
-    partial = [
-        saved_groups[largest[p]] if p in largest and p not in paired else None for p in range(len(live_groups))
-    ]
+    partial = [saved_groups[largest[p]] if p in largest and p not in paired else None for p in range(len(live_groups))]
     return groups, partial
 
 
@@ -168,8 +166,10 @@ def slot_device(slot: str, parameter: torch.Tensor, group: Mapping[str, Any], sa
     return str(parameter.device)
 
 
-def install_state(optimizer: torch.optim.Optimizer, slots: Sequence[tuple[torch.Tensor, dict[str, Any] | None]]) -> None:
-    """Set the state of each parameter, exactly: ``Optimizer.load_state_dict`` would cast it to the parameter's dtype."""
+def install_state(
+    optimizer: torch.optim.Optimizer, slots: Sequence[tuple[torch.Tensor, dict[str, Any] | None]]
+) -> None:
+    """Set the state of each parameter, exactly: torch's own loading would cast it to the parameter's dtype."""
     for parameter, values in slots:
         if values is None:
             optimizer.state.pop(parameter, None)

@@ -90,7 +90,9 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)  # objects of which not one name matches
 
-    def report(self, path: str, step: int, epoch: int, restored: int, skipped: Iterable[str], forms: Mapping[str, str]) -> RestoreReport:
+    def report(
+        self, path: str, step: int, epoch: int, restored: int, skipped: Iterable[str], forms: Mapping[str, str]
+    ) -> RestoreReport:
         """The report; ``forms`` gives dtype and shape of missing and unexpected names, to find renames."""
         return RestoreReport(
             path=path,

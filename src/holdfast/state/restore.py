@@ -6,15 +6,17 @@ that compiled functions, views and references from optimizers stay valid.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.errors import CorruptCheckpointError, Damage, StateMismatchError, UsageError
+from holdfast.errors import CorruptCheckpointError, Damage, HoldfastError, StateMismatchError, UsageError
 from holdfast.format import tree
 from holdfast.format.manifest import TensorRecord
 from holdfast.format.names import MANIFEST
@@ -48,7 +50,7 @@ def restore_state(
     report = plan.report(state)
     _refuse(report, plan.findings, strict)
     with torch.no_grad():
-        fill(checkpoint, plan.copies)
+        fill(checkpoint, plan.copies, whole=not report.skipped)
         for _, action in sorted(plan.actions, key=lambda item: item[0]):
             action()
     return plan.report(state)
@@ -70,7 +72,9 @@ def _refuse(report: RestoreReport, findings: Findings, strict: bool) -> None:
             key=findings.unmatched[0],
         )
     if strict and report.differs:
-        first = [*report.missing, *report.unexpected, *(item.name for item in (*report.misshapen, *report.converted))][0]
+        first = [*report.missing, *report.unexpected, *(item.name for item in (*report.misshapen, *report.converted))][
+            0
+        ]
         raise StateMismatchError(
             "live objects and checkpoint differ; nothing was touched.\n"
             f"{report}\n"
@@ -98,7 +102,9 @@ class _Plan:
     def saved(self, entry: str) -> Any:
         """The saved value of an entry, with its tensors as :class:`SavedTensor`."""
         try:
-            return tree.decode(self.checkpoint.manifest.state[entry], SavedLeaves(self.checkpoint.manifest, entry))
+            return tree.decode(self.checkpoint.manifest.state[entry], SavedLeaves(self.checkpoint, entry))
+        except HoldfastError:
+            raise
         except (ValueError, KeyError) as error:
             damage = [Damage(MANIFEST, f"state of {entry}: {error}")]
             raise CorruptCheckpointError.at(self.checkpoint.path, damage, self.checkpoint.step) from error
@@ -174,6 +180,9 @@ class _Plan:
                 self.graft(item, others[index] if index < len(others) else None, f"{path}[{index}]", place)
                 for index, item in enumerate(saved)
             )
+        if isinstance(saved, deque):
+            for index, item in enumerate(saved):
+                saved[index] = self.graft(item, None, f"{path}[{index}]", place)
         return saved
 
 
@@ -202,7 +211,9 @@ def _plan_entry(plan: _Plan, state: Mapping[str, Any], entry: str, live: Any) ->
 
     def assign(value: Any) -> None:
         if not isinstance(state, MutableMapping):
-            raise UsageError(f"state[{entry!r}] is to be replaced, but {type(state).__qualname__} is read-only.", key=entry)
+            raise UsageError(
+                f"state[{entry!r}] is to be replaced, but {type(state).__qualname__} is read-only.", key=entry
+            )
         state[entry] = value
 
     _plan_value(plan, plan.saved(entry), live, entry, assign)
@@ -233,7 +244,7 @@ def _is_structure(live: Any) -> bool:
     return next(live_objects(live), None) is not None
 
 
-def _plan_mapping(plan: _Plan, saved: dict[Any, Any], live: MutableMapping[Any, Any], path: str) -> None:
+def _plan_mapping(plan: _Plan, saved: Mapping[Any, Any], live: MutableMapping[Any, Any], path: str) -> None:
     for key, item in saved.items():
         where = tree.child(path, key)
 
@@ -310,7 +321,7 @@ def _plan_module(plan: _Plan, saved: Any, module: torch.nn.Module, path: str) ->
             continue
         current = live[name]
         values[name] = current
-        lazy = isinstance(current, torch.nn.parameter.UninitializedTensorMixin)
+        lazy = is_lazy(current)
         if isinstance(item, SavedTensor) and isinstance(current, torch.Tensor) and not lazy:
             plan.into_tensor(item, current, f"{path}/{name}")
             rest = rest or current.untyped_storage()._cdata not in owned
@@ -325,7 +336,7 @@ def _note(plan: _Plan, where: list[str], name: str, value: Any) -> None:
     where.append(name)
     if isinstance(value, SavedTensor):
         plan.forms[name] = value.form
-    elif isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+    elif isinstance(value, torch.Tensor) and not is_lazy(value):
         plan.forms[name] = tensor_form(value)
 
 
@@ -347,7 +358,10 @@ def _plan_optimizer(plan: _Plan, saved: Any, optimizer: torch.optim.Optimizer, p
             plan.findings.notes.append(f"{path}.param_groups[{index}] has no counterpart: {kept} as constructed")
         chosen = optimizers.group_options(group, partial)
         options.append((live, plan.graft(chosen, live, f"{path}.param_groups[{index}]", _saved_device)))
-    named = {**saved, "state": {key: values for (_, values), key in zip(slots, match.saved_keys, strict=True) if values}}
+    named = {
+        **saved,
+        "state": {key: values for (_, values), key in zip(slots, match.saved_keys, strict=True) if values},
+    }
 
     def install() -> None:
         if optimizers.has_own_loading(optimizer):
@@ -363,7 +377,7 @@ def _plan_slots(
     plan: _Plan, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, match: OptimizerMatch, path: str
 ) -> list[tuple[torch.Tensor, dict[str, Any] | None]]:
     """The saved state of each parameter that has a counterpart; None for one that had none yet."""
-    planned = []
+    planned: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
     for (parameter, group), key in zip(optimizers.parameters_with_groups(optimizer), match.saved_keys, strict=True):
         values = saved["state"].get(key) if key is not None else None
         if values is None:
@@ -422,4 +436,3 @@ _PLANNERS: dict[Kind, Callable[[_Plan, Any, Any, str], None]] = {
     Kind.SCHEDULER: _plan_scheduler,
     Kind.GENERATOR: _plan_generator,
 }
-

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from holdfast.errors import UnsupportedValueError
 from holdfast.format.dtypes import DTYPES
@@ -32,16 +33,20 @@ _MEMORY_FORMATS = {
 
 def check_tensor(tensor: torch.Tensor, path: str) -> None:
     """Refuse tensors whose values cannot be written exactly, with the way out."""
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise unsupported(tensor, path, "Run one forward pass first, so that the lazy module gets its shapes.")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise unsupported(tensor, path, "Save the plain tensor that it stands for (such as tensor.full_tensor()).")
     if tensor.is_meta:
-        raise _refused(tensor, path, "a meta tensor has no values", "Materialize the module first: to_empty(device=...).")
+        raise _refused(
+            tensor, path, "a meta tensor has no values", "Materialize the module first: to_empty(device=...)."
+        )
     if tensor.is_quantized:
         raise _refused(tensor, path, "quantized", "Save tensor.int_repr() with its scale and zero point.")
     if tensor.layout is not torch.strided:
-        raise _refused(tensor, path, f"layout {tensor.layout}", "Save its parts (indices() and values()) or to_dense().")
+        raise _refused(
+            tensor, path, f"layout {tensor.layout}", "Save its parts (indices() and values()) or to_dense()."
+        )
     if tensor.dtype not in _TORCH_DTYPES:
         raise _refused(tensor, path, f"dtype {tensor.dtype}", f"Known are {', '.join(DTYPES)}.")
 
@@ -125,7 +130,7 @@ def tensor_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
 def array_blocks(array: np.ndarray[Any, Any]) -> Iterator[memoryview]:
     """The bytes of ``array`` in logical order."""
     for block in [array] if array.flags.c_contiguous else split(array, array.itemsize):
-        yield memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+        yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
 
 
 def split(value: Any, itemsize: int) -> Iterator[Any]:
@@ -150,7 +155,7 @@ def _is_flat(tensor: torch.Tensor) -> bool:
 
 
 def _flat_bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 # ------------------------------------------------------------------------------------------------------- from bytes
@@ -176,7 +181,7 @@ def tensor_sink(tensor: torch.Tensor, record: TensorRecord, piece: Piece) -> Sin
 def array_sink(array: np.ndarray[Any, Any]) -> Sink:
     """What takes the bytes of a whole array, in logical order."""
     if array.flags.c_contiguous:
-        return flat_sink(memoryview(array.reshape(-1).view(np.uint8)))
+        return flat_sink(array.reshape(-1).view(np.uint8).data)
 
     def fill(block: np.ndarray[Any, Any], data: bytearray) -> None:
         block[...] = np.frombuffer(data, array.dtype).reshape(block.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from holdfast.format.manifest import CHUNK_BYTES, FileRecord
 from holdfast.storage.store import StoredFile
 
 GATHER_BYTES = 2**20
+_LOST = frozenset({errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO)})
+"""What a disk or file system says of bytes that it cannot give back: these are damaged, others may be intact."""
 
 
 class ChunkHasher:
@@ -76,8 +79,17 @@ def read_chunks(file: StoredFile, record: FileRecord, wanted: Iterable[int]) -> 
     for index in wanted:
         begin = index * record.chunk_bytes
         chunk = buffer[: min(record.chunk_bytes, record.bytes - begin)]
-        intact = file.read_into(begin, chunk) == len(chunk) and digest(chunk) == record.xxh3_128[index]
+        intact = _read_fully(file, begin, chunk) and digest(chunk) == record.xxh3_128[index]
         yield index, chunk if intact else None
+
+
+def _read_fully(file: StoredFile, begin: int, chunk: memoryview) -> bool:
+    try:
+        return file.read_into(begin, chunk) == len(chunk)
+    except OSError as error:
+        if error.errno in _LOST:
+            return False
+        raise
 
 
 def digest(data: Any) -> str:

@@ -30,7 +30,6 @@ import sys
 import weakref
 from collections.abc import Iterable
 
-
 _NO_SUPPORT = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.ENOLCK})
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -114,10 +113,13 @@ def make_directories(path: str) -> None:
             sync_directory(parent)
 
 
-def make_directory(parent: Descriptor, name: str) -> Descriptor:
-    """Make a new directory in ``parent`` and open it."""
+def make_directory(parent: Descriptor, name: str) -> Descriptor | None:
+    """Make a new directory in ``parent`` and open it; None when somebody removed it in between."""
     os.mkdir(name, dir_fd=parent.fd)
-    return open_directory(name, parent)
+    try:
+        return open_directory(name, parent)
+    except FileNotFoundError:
+        return None
 
 
 def sync_directory(directory: Descriptor) -> None:
@@ -299,9 +301,9 @@ def lock_holder(descriptor: Descriptor) -> int | None:
 
 
 def unlink_files(directory: Descriptor, names: Iterable[str]) -> None:
-    """Unlink plain files by name; one that is gone already is no error."""
+    """Unlink plain files by name; one that is gone already is no error, and a directory is not a file."""
     for name in names:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             os.unlink(name, dir_fd=directory.fd)
 
 

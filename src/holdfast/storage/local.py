@@ -40,7 +40,6 @@ from holdfast.storage import durable
 from holdfast.storage.chunks import ChunkHasher, gathered
 from holdfast.storage.durable import Descriptor, Lock
 
-
 # A writer on another host is given up for dead only after this long without a sign of life, by the file system's own
 # clock, and only when its lock is free as well: some network file systems keep locks to one host.
 FOREIGN_IDLE_S = 3600.0
@@ -163,7 +162,11 @@ class LocalPending:
                 durable.move_aside(self._parent, self._name, aside)
             else:
                 durable.move_aside(self._parent, name, aside)
-                durable.publish(self._parent, self._name, name)
+                try:
+                    durable.publish(self._parent, self._name, name)
+                except OSError:
+                    durable.publish(self._parent, aside, name)
+                    raise
                 self._committed = True
                 durable.sync_directory(self._parent)
             _discard(self._parent, aside)
@@ -219,9 +222,12 @@ class LocalStore:
 
     def annotate(self, name: str, data: bytes) -> None:
         """Replace the annotations of a checkpoint atomically."""
-        with storage_errors("cannot annotate", os.path.join(self.path, name)), self._parent() as parent:
-            with durable.open_directory(name, parent) as directory:
-                durable.replace_file(directory, ANNOTATIONS, staged_annotations_name(secrets.token_hex(8)), data)
+        with (
+            storage_errors("cannot annotate", os.path.join(self.path, name)),
+            self._parent() as parent,
+            durable.open_directory(name, parent) as directory,
+        ):
+            durable.replace_file(directory, ANNOTATIONS, staged_annotations_name(secrets.token_hex(8)), data)
 
     def remove(self, name: str) -> bool:
         """Remove a checkpoint; False when somebody is reading it, or it is gone, and nothing was done."""
@@ -248,10 +254,12 @@ class LocalStore:
             return []
         with storage_errors("cannot clean", self.path), self._parent() as parent:
             for name in candidates:
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    with durable.open_directory(name, parent) as directory:
-                        if self._is_abandoned(name, directory, parent) and _remove_rest(parent, name, directory):
-                            removed.append(name)
+                with (
+                    contextlib.suppress(FileNotFoundError, NotADirectoryError),
+                    durable.open_directory(name, parent) as directory,
+                ):
+                    if self._is_abandoned(name, directory, parent) and _remove_rest(parent, name, directory):
+                        removed.append(name)
         return removed
 
     def recover(self, name: str) -> bool:
@@ -294,7 +302,11 @@ class LocalStore:
             name = str(TemporaryName(step, host, os.getpid(), secrets.token_hex(8)))
             directory = durable.make_directory(parent, name)
             # Between making and locking, a cleaner may have taken it for abandoned; then it is not ours any more.
-            if durable.lock_exclusive(directory) is not Lock.BUSY and durable.is_same_directory(directory, parent, name):
+            if directory is None:
+                continue
+            if durable.lock_exclusive(directory) is not Lock.BUSY and durable.is_same_directory(
+                directory, parent, name
+            ):
                 return LocalPending(self.path, parent, name, directory)
             directory.close()
 

@@ -36,7 +36,15 @@ class Read:
     sink: Sink
 
 
-def scatter(file: StoredFile, name: str, record: FileRecord, reads: Sequence[Read], spans: Sequence[Span]) -> list[Damage]:
+def scatter(
+    file: StoredFile,
+    name: str,
+    record: FileRecord,
+    reads: Sequence[Read],
+    spans: Sequence[Span],
+    *,
+    whole: bool = False,
+) -> list[Damage]:
     """Read ``reads`` from ``file`` and hand out their bytes; stops at the first damaged chunk and returns what it is.
 
     Args:
@@ -45,9 +53,12 @@ def scatter(file: StoredFile, name: str, record: FileRecord, reads: Sequence[Rea
         record: its checksums.
         reads: what to read, in any order.
         spans: all spans of the file, to name what lies in a damaged chunk.
+        whole: read the chunks too that hold none of it, to verify them.
     """
     ordered = sorted((read for read in reads if read.span.nbytes), key=lambda read: read.span.begin)
-    wanted = sorted({chunk for read in ordered for chunk in _chunks_of(read.span, record)})
+    wanted: Sequence[int] = range(len(record.xxh3_128))
+    if not whole:
+        wanted = sorted({chunk for read in ordered for chunk in _chunks_of(read.span, record)})
     active = 0
     for index, data in read_chunks(file, record, wanted):
         if data is None:

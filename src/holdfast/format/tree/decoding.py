@@ -1,7 +1,36 @@
+"""The typed tree to values. Whatever the tree holds, what it cannot mean is a ValueError and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import datetime
+import math
+import pathlib
+import re
+import reprlib
+import struct
+import zoneinfo
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from holdfast.errors import HoldfastError, UsageError
+from holdfast.format.codecs import Codec, codec_named
+from holdfast.format.tree.nodes import FACTORIES, IN_FILES, MAX_DEPTH, MAX_INT_HEX_DIGITS, Json, LeafDecoder, Opaque
+
+_INT = re.compile(rf"-?(0x[0-9a-f]{{1,{MAX_INT_HEX_DIGITS}}}|[0-9]{{1,4001}})", re.ASCII)
+_ZONE = re.compile(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", re.ASCII)
+_NUMPY_DTYPE = re.compile(r"[<>|=]?[A-Za-z0-9_]{1,16}(\[[0-9A-Za-z]{1,8}\])?", re.ASCII)
+
+
 @dataclass(slots=True)
 class _Decoder:
-    leaves: Leaves
+    leaves: LeafDecoder
     depth: int = 0
+    in_files: int = 0
 
     def value(self, node: Json) -> Any:
         if not isinstance(node, (list, dict)):
@@ -25,13 +54,18 @@ class _Decoder:
     def _tagged(self, tag: str, body: Json) -> Any:
         decode_tag = _TAGS.get(tag)
         try:
-            if decode_tag is not None:
-                return decode_tag(self, body)
+            return self._leaf(tag, body) if decode_tag is None else decode_tag(self, body)
+        except (HoldfastError, RecursionError):
+            raise
+        except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, OSError, struct.error) as error:
+            raise ValueError(f"{tag} cannot hold {_shown(body)}: {error}") from error
+
+    def _leaf(self, tag: str, body: Json) -> Any:
+        self.in_files += tag in IN_FILES
+        try:
             return self.leaves.decode(tag, body)
         except KeyError as error:
             raise ValueError(f"unknown tag {tag} (a newer Holdfast may know it)") from error
-        except (TypeError, AttributeError, OverflowError, RuntimeError, struct.error) as error:
-            raise ValueError(f"{tag} cannot hold {str(body)[:80]!r}: {error}") from error
 
     def items(self, node: Json) -> list[Any]:
         return [self.value(item) for item in _expect(node, list)]
@@ -40,43 +74,65 @@ class _Decoder:
         decoded = []
         for pair in _expect(node, list):
             key, item = _expect(pair, list)
-            decoded.append((self.value(key), self.value(item)))
+            decoded.append((self.hashed(key), self.value(item)))
         if len({key for key, _ in decoded}) != len(decoded):
             raise ValueError("duplicate key")
         return decoded
 
+    def hashed(self, node: Json) -> Hashable:
+        """A member of a set or a key of a dictionary."""
+        before = self.in_files
+        value: Hashable = self.value(node)
+        if self.in_files != before:
+            raise ValueError("a tensor cannot be a member of a set or a key")
+        return value
 
-def decode(node: Json, leaves: Leaves) -> Any:
+    def members(self, node: Json) -> frozenset[Hashable]:
+        decoded = [self.hashed(item) for item in _expect(node, list)]
+        found = frozenset(decoded)
+        if len(found) != len(decoded):
+            raise ValueError("duplicate member")
+        return found
+
+
+def decode(node: Json, leaves: LeafDecoder) -> Any:
     """The value that ``node`` stands for; the inverse of :func:`encode`.
 
     Raises:
         ValueError: ``node`` is not a typed tree.
+        UsageError: it needs what is not there: a codec that was not registered, a time zone that is not installed.
     """
-    return _Decoder(leaves).value(node)
+    try:
+        return _Decoder(leaves).value(node)
+    except RecursionError as error:
+        raise ValueError("the tree is nested deeper than what is left of Python's stack") from error
 
 
 def _expect(node: Json, kind: type) -> Any:
     if type(node) is not kind:
-        raise ValueError(f"expected {kind.__name__}, found {str(node)[:80]!r}")
+        raise ValueError(f"expected {kind.__name__}, found {_shown(node)}")
     return node
+
+
+def _shown(node: Json) -> str:
+    return reprlib.repr(node)[:100]
 
 
 def _decode_int(decoder: _Decoder, body: Json) -> int:
     text = _expect(body, str)
-    if not re.fullmatch(r"-?(0x[0-9a-f]{1,100000}|[0-9]{1,4001})", text):
-        raise ValueError(f"not an integer: {text[:80]!r}")
+    if not _INT.fullmatch(text):
+        raise ValueError(f"not an integer: {_shown(text)}")
     return int(text, 16 if "x" in text else 10)
 
 
 def _decode_float(decoder: _Decoder, body: Json) -> float:
-    named = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
     text = _expect(body, str)
-    if text in named:
-        return named[text]
+    if text in ("nan", "inf", "-inf"):
+        return float(text)  # a new one each time: two nans that are one object would be one key
     prefix, _, bits = text.partition(":")
     value = struct.unpack(">d", bytes.fromhex(bits))[0] if prefix == "nan" else None
     if value is None or not math.isnan(value):
-        raise ValueError(f"not a float: {text[:80]!r}")
+        raise ValueError(f"not a float: {_shown(text)}")
     return float(value)
 
 
@@ -96,14 +152,19 @@ def _decode_scalar(decoder: _Decoder, body: Json) -> Any:
     raw = bytes.fromhex(bits)
     if len(raw) != dtype.itemsize:
         raise ValueError(f"{name} takes {dtype.itemsize} bytes, found {len(raw)}")
-    return np.frombuffer(raw, dtype)[0] if raw else dtype.type()
+    if dtype.kind == "U":  # numpy would drop zeros at the end of text and bytes
+        return np.str_(raw.decode("utf-32-be" if dtype.str[0] == ">" else "utf-32-le", "surrogatepass"))
+    return dtype.type(raw) if dtype.kind in "SV" else np.frombuffer(raw, dtype)[0]
 
 
 def plain_numpy_dtype(name: Json) -> np.dtype[Any]:
     """The numpy dtype called ``name``; ValueError for objects, records and what is no dtype."""
-    if not isinstance(name, str) or not re.fullmatch(r"[<>|=]?[A-Za-z0-9_]{1,16}(\[[0-9A-Za-z]{1,8}\])?", name):
-        raise ValueError(f"not a numpy dtype: {str(name)[:80]!r}")
-    dtype = np.dtype(name)
+    if not isinstance(name, str) or not _NUMPY_DTYPE.fullmatch(name):
+        raise ValueError(f"not a numpy dtype: {_shown(name)}")
+    try:
+        dtype = np.dtype(name)
+    except TypeError as error:
+        raise ValueError(f"not a numpy dtype: {name!r}") from error
     if dtype.hasobject or dtype.names is not None:
         raise ValueError(f"not a plain numpy dtype: {name!r}")
     return dtype
@@ -111,23 +172,25 @@ def plain_numpy_dtype(name: Json) -> np.dtype[Any]:
 
 def _decode_path(decoder: _Decoder, body: Json) -> pathlib.PurePath:
     kind, text = _expect(body, list)
-    kinds = {"Path": pathlib.Path, "PurePosixPath": pathlib.PurePosixPath, "PureWindowsPath": pathlib.PureWindowsPath}
+    kinds: dict[str, type[pathlib.PurePath]] = {
+        "Path": pathlib.Path,
+        "PurePosixPath": pathlib.PurePosixPath,
+        "PureWindowsPath": pathlib.PureWindowsPath,
+    }
     return kinds[kind](_expect(text, str))
 
 
 def _decode_zone(zone: Json) -> datetime.tzinfo | None:
     if zone is None:
         return None
-    if zone == "UTC":
-        return datetime.timezone.utc
     if isinstance(zone, str):
         # A key is looked up below the zone directories: nothing that could climb out of them.
-        if not re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone):
-            raise ValueError(f"not a time zone: {zone[:80]!r}")
+        if not _ZONE.fullmatch(zone):
+            raise ValueError(f"not a time zone: {_shown(zone)}")
         try:
             return zoneinfo.ZoneInfo(zone)
-        except zoneinfo.ZoneInfoNotFoundError as error:
-            raise ValueError(f"time zone {zone} is not known on this machine") from error
+        except (zoneinfo.ZoneInfoNotFoundError, OSError, ValueError) as error:
+            raise UsageError(f"time zone {zone} is not known on this machine: pip install tzdata.", key=zone) from error
     days, seconds, microseconds, name = _expect(zone, list)
     offset = datetime.timedelta(days, seconds, microseconds)
     return datetime.timezone(offset) if name is None else datetime.timezone(offset, name)
@@ -145,7 +208,7 @@ def _decode_time(decoder: _Decoder, body: Json) -> datetime.time:
 
 def _decode_defaultdict(decoder: _Decoder, body: Json) -> Any:
     name, pairs = _expect(body, list)
-    return collections.defaultdict(None if name is None else _FACTORIES[name], decoder.pairs(pairs))
+    return collections.defaultdict(None if name is None else FACTORIES[name], decoder.pairs(pairs))
 
 
 def _decode_deque(decoder: _Decoder, body: Json) -> Any:
@@ -155,20 +218,33 @@ def _decode_deque(decoder: _Decoder, body: Json) -> Any:
 
 def _decode_codec(decoder: _Decoder, body: Json) -> Any:
     name, inner = _expect(body, list)
-    value = decoder.value(inner)
     codec = codec_named(_expect(name, str))
-    if codec is not None:
+    leaves = decoder.leaves.for_codec()
+    if leaves is None:
+        return Opaque("$codec", f"{name}: {decoder.value(inner)!r}")
+    if codec is None:
+        raise UsageError(f"{name} was saved through a codec: call holdfast.register_codec for it first.", key=name)
+    outer, decoder.leaves = decoder.leaves, leaves
+    try:
+        value = decoder.value(inner)
+        leaves.fill()
+    finally:
+        decoder.leaves = outer
+    return _through(codec, value)
+
+
+def _through(codec: Codec, value: Any) -> Any:
+    try:
         return codec.decode(value)
-    if isinstance(decoder.leaves, OpaqueLeaves):
-        return Opaque("$codec", f"{name}: {value!r}")
-    raise ValueError(f"{name} was saved through a codec; call holdfast.register_codec for it before loading")
+    except Exception as error:  # the user's function: what it raises is not ours to know
+        raise ValueError(f"the codec of {codec.name} cannot decode {_shown(value)}: {error!r}") from error
 
 
 _TAGS: dict[str, Callable[[_Decoder, Json], Any]] = {
     "$tuple": lambda decoder, body: tuple(decoder.items(body)),
     "$dict": lambda decoder, body: dict(decoder.pairs(body)),
-    "$set": lambda decoder, body: set(decoder.items(body)),
-    "$frozenset": lambda decoder, body: frozenset(decoder.items(body)),
+    "$set": lambda decoder, body: set(decoder.members(body)),
+    "$frozenset": lambda decoder, body: decoder.members(body),
     "$ordereddict": lambda decoder, body: collections.OrderedDict(decoder.pairs(body)),
     "$counter": lambda decoder, body: collections.Counter(dict(decoder.pairs(body))),
     "$defaultdict": _decode_defaultdict,

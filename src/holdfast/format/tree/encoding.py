@@ -1,7 +1,41 @@
+"""Values to the typed tree."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import datetime
+import math
+import pathlib
+import struct
+import zoneinfo
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from holdfast.format.codecs import Codec, codec_for
+from holdfast.format.tree.nodes import (
+    FACTORIES,
+    HASHED_LEAVES,
+    MAX_DEPTH,
+    MAX_INT_HEX_DIGITS,
+    Json,
+    LeafEncoder,
+    child,
+    unsupported,
+)
+
+_INT64 = range(-(2**63), 2**63)
+_PLAIN_NAN = struct.pack(">d", math.nan)
+
+
 @dataclass(slots=True)
 class _Encoder:
-    leaves: Leaves
+    leaves: LeafEncoder
     open_containers: set[int] = field(default_factory=set)
+    hashed: bool = False
 
     def value(self, value: Any, path: str) -> Json:
         simple = _SIMPLE.get(type(value))
@@ -12,6 +46,10 @@ class _Encoder:
             return self._container(container, value, path)
         leaf = self.leaves.encode(value, path)
         if leaf is not None:
+            if self.hashed and not leaf.keys() <= HASHED_LEAVES:
+                raise unsupported(
+                    value, path, "It is a member of a set or a key, by identity; use names and a dictionary."
+                )
             return leaf
         if isinstance(value, np.generic):
             return _encode_scalar(value, path)
@@ -39,7 +77,15 @@ class _Encoder:
         return [self.value(item, f"{path}[{index}]") for index, item in enumerate(values)]
 
     def pairs(self, mapping: Mapping[Any, Any], path: str) -> list[Json]:
-        return [[self.value(key, f"{path}.<key>"), self.value(item, child(path, key))] for key, item in mapping.items()]
+        return [[self.key(key, f"{path}.<key>"), self.value(item, child(path, key))] for key, item in mapping.items()]
+
+    def key(self, value: Any, path: str) -> Json:
+        """A member of a set or a key of a dictionary."""
+        before, self.hashed = self.hashed, True
+        try:
+            return self.value(value, path)
+        finally:
+            self.hashed = before
 
     def dict(self, mapping: dict[Any, Any], path: str) -> Json:
         if all(type(key) is str and not key.startswith("$") for key in mapping):
@@ -47,7 +93,7 @@ class _Encoder:
         return {"$dict": self.pairs(mapping, path)}
 
 
-def encode(value: Any, path: str, leaves: Leaves) -> Json:
+def encode(value: Any, path: str, leaves: LeafEncoder) -> Json:
     """``value`` as JSON.
 
     Args:
@@ -56,9 +102,12 @@ def encode(value: Any, path: str, leaves: Leaves) -> Json:
         leaves: takes the tensors.
 
     Raises:
-        UnsupportedValueError: a type outside the table, a container that holds itself, or nesting past 200 levels.
+        UnsupportedValueError: a type outside the table, a container that holds itself, or nesting past 100 levels.
     """
-    return _Encoder(leaves).value(value, path)
+    try:
+        return _Encoder(leaves).value(value, path)
+    except RecursionError as error:
+        raise unsupported(value, path, "It is nested deeper than what is left of Python's stack.") from error
 
 
 def _text(value: str, path: str) -> str:
@@ -70,7 +119,11 @@ def _text(value: str, path: str) -> str:
 
 
 def _encode_int(value: int, path: str) -> Json:
-    return value if value in _INT64 else {"$int": str(value) if abs(value) < 10**4000 else hex(value)}
+    if value in _INT64:
+        return value
+    if value.bit_length() > 4 * MAX_INT_HEX_DIGITS:
+        raise unsupported(value, path, f"It has {value.bit_length()} bits; store it as bytes.")
+    return {"$int": str(value) if abs(value) < 10**4000 else hex(value)}
 
 
 def _encode_float(value: float, path: str) -> Json:
@@ -89,12 +142,12 @@ def _encode_bytes(value: bytes | bytearray) -> str:
 def _encode_scalar(value: np.generic, path: str) -> Json:
     if value.dtype.hasobject or value.dtype.names is not None:
         raise unsupported(value, path, "Only numpy scalars of a plain type can be saved.")
-    return {"$scalar": [_dtype_text(value.dtype), np.asarray(value).tobytes().hex()]}
+    return {"$scalar": [_dtype_text(value.dtype), value.tobytes()[: value.dtype.itemsize].hex()]}
 
 
 def _dtype_text(dtype: np.dtype[Any]) -> str:
-    text = dtype.str
-    return text if np.dtype(text) == dtype else dtype.name
+    # C's long and long long have one size and two scalar types; only the letter tells them apart.
+    return dtype.str if np.dtype(dtype.str).type is dtype.type else dtype.char
 
 
 def _encode_path(value: pathlib.PurePath, path: str) -> Json:
@@ -109,14 +162,12 @@ def _zone(value: datetime.datetime | datetime.time, path: str) -> Json:
     zone = value.tzinfo
     if zone is None:
         return None
-    if zone is datetime.timezone.utc:
-        return "UTC"
     if type(zone) is datetime.timezone:
         name = zone.tzname(None)
         offset = zone.utcoffset(None)
         plain = datetime.timezone(offset) == zone and datetime.timezone(offset).tzname(None) == name
         return [offset.days, offset.seconds, offset.microseconds, None if plain else name]
-    if isinstance(zone, zoneinfo.ZoneInfo) and zone.key is not None:
+    if type(zone) is zoneinfo.ZoneInfo and zone.key is not None:
         return zone.key
     raise unsupported(value, path, "Its time zone is neither a fixed offset nor a zoneinfo key.")
 
@@ -132,25 +183,21 @@ def _encode_time(value: datetime.time, path: str) -> Json:
 def _encode_set(tag: str) -> Callable[[_Encoder, Any, str], Json]:
     def encode_set(encoder: _Encoder, value: Any, path: str) -> Json:
         # Sorted by their text, so that equal sets give equal bytes whatever the hash seed.
-        return {tag: sorted((encoder.value(item, f"{path}{{...}}") for item in value), key=repr)}
+        return {tag: sorted((encoder.key(item, f"{path}{{...}}") for item in value), key=repr)}
 
     return encode_set
 
 
 def _encode_defaultdict(encoder: _Encoder, value: Any, path: str) -> Json:
-    name = next((name for name, factory in _FACTORIES.items() if factory is value.default_factory), "")
+    name = next((name for name, factory in FACTORIES.items() if factory is value.default_factory), "")
     if value.default_factory is not None and not name:
-        raise unsupported(value.default_factory, f"{path}.default_factory", "Use one of " + ", ".join(_FACTORIES) + ".")
+        raise unsupported(value.default_factory, f"{path}.default_factory", "Use one of " + ", ".join(FACTORIES) + ".")
     return {"$defaultdict": [name or None, encoder.pairs(value, path)]}
 
 
 def _encode_with(codec: Codec) -> Callable[[_Encoder, Any, str], Json]:
     return lambda encoder, value, path: encoder.value(codec.encode(value), path)
 
-
-_FACTORIES: dict[str, Callable[[], Any]] = {
-    kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, list, dict, set, tuple)
-}
 
 _SIMPLE: dict[type, Callable[[Any, str], Json]] = {
     type(None): lambda value, path: None,

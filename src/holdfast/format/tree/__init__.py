@@ -15,12 +15,22 @@ A type outside this table is an error with the path to it. Nothing is guessed, c
 
 from holdfast.format.tree.decoding import decode, plain_numpy_dtype
 from holdfast.format.tree.encoding import encode
-from holdfast.format.tree.nodes import MAX_DEPTH, Json, Leaves, Opaque, OpaqueLeaves, child, unsupported
+from holdfast.format.tree.nodes import (
+    MAX_DEPTH,
+    Json,
+    LeafDecoder,
+    LeafEncoder,
+    Opaque,
+    OpaqueLeaves,
+    child,
+    unsupported,
+)
 
 __all__ = [
     "MAX_DEPTH",
     "Json",
-    "Leaves",
+    "LeafDecoder",
+    "LeafEncoder",
     "Opaque",
     "OpaqueLeaves",
     "child",

@@ -27,19 +27,23 @@ HASHED_LEAVES = frozenset({"$dtype", "$size", "$device"})
 """The tags of leaves that may be members of sets and keys of dictionaries."""
 
 
-class Leaves(Protocol):
-    """What the tree leaves to its user: the values that live in data files, and those that only torch knows."""
+class LeafEncoder(Protocol):
+    """What the tree leaves to its user when it is written: tensors, and the values that only torch knows."""
 
     def encode(self, value: Any, path: str) -> dict[str, Json] | None:
         """``value`` as a tagged object, or None when it is not one of these leaves."""
 
+
+class LeafDecoder(Protocol):
+    """The same when it is read."""
+
     def decode(self, tag: str, body: Json) -> Any:
         """The value of a tagged object; KeyError when the tag is not one of these leaves."""
 
-    def for_codec(self) -> Leaves | None:
-        """Leaves for what a codec is given: their tensors are real ones once :meth:`fill` has been called.
+    def for_codec(self) -> LeafDecoder | None:
+        """Leaves for the value that a codec is given: its tensors are real ones after :meth:`fill`.
 
-        None where tensors cannot be had; then a codec's value that holds some stays :class:`Opaque`.
+        None where values are only looked at; what a codec would make of one stays :class:`Opaque` then.
         """
 
     def fill(self) -> None:
@@ -48,7 +52,7 @@ class Leaves(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A value that cannot be made here: its tag and body, for showing (torch is not loaded, or no codec registered)."""
+    """A value that is not made here: its tag and body, for showing. Neither torch nor a codec is needed, or run."""
 
     tag: str
     body: Any

@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 DEMO_ARGS ?=
 
 CODE := $(wildcard src tests examples benchmarks)
-TYPED := $(wildcard src/holdfast tests examples benchmarks)
+TYPED := $(wildcard src/holdfast examples benchmarks)
 # The folders too: their times change when a file is added, removed or renamed.
 SOURCES := $(shell find src \( -type f -o -type d \) -not -path '*/__pycache__*')
 
@@ -29,10 +29,10 @@ test: $(VENV)/.wheel ## the tests, against the wheel that users would install
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.wheel ## lint, format, types, and the floors of the house
-	@$(BIN)/ruff check --quiet $(CODE)
-	@$(BIN)/ruff format --quiet --check $(CODE) || { \
-	    $(BIN)/ruff format --diff --quiet $(CODE); echo "to format: $(BIN)/ruff format $(CODE)"; exit 1; }
-	@$(BIN)/mypy --no-error-summary $(TYPED)
+	@$(BIN)/python -m ruff check --quiet --output-format concise $(CODE)
+	@$(BIN)/python -m ruff format --quiet --check $(CODE) || { \
+	    echo "to format: $(BIN)/python -m ruff format $(CODE)" >&2; exit 1; }
+	@$(BIN)/python -m mypy --no-error-summary $(TYPED)
 	@$(BIN)/python -m pytest -q tests/test_house.py tests/test_public_names.py
 	@echo "lint, format, types and house are in order"
 

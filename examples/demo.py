@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 
 EXAMPLES = Path(__file__).parent
@@ -40,7 +39,10 @@ def main() -> int:
             return fail(f"the uninterrupted run ended with exit status {status}")
 
         console.rule(f"[bold]2. The same run, killed with SIGKILL {options.kills} times")
-        console.print(f"Random moments from --seed {options.seed}. Every start is the same command.", style="dim")
+        console.print(
+            f"At random moments (--seed {options.seed} repeats them), by kill_at.py. Every start is the same command.",
+            style="dim",
+        )
         for _ in range(options.kills):
             # The batches before all kills together are fewer than the run has, so that each finds something to kill.
             batch = rng.randint(1, expected["steps"] // options.kills)
@@ -102,7 +104,7 @@ def train(run: Path, epochs: int, kill_at: int | None = None) -> tuple[int, dict
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            console.print(Padding(line.rstrip(), (0, 0, 0, 2)), markup=False)
+            console.print(f"  {line.rstrip()}", markup=False, soft_wrap=True)
     return process.returncode, json.loads(report.read_text()) if process.returncode == 0 else {}
 
 

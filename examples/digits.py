@@ -65,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(describe(epoch, history), flush=True)
             ckpt.end_epoch({"val_loss": val_loss, "accuracy": accuracy})
 
-    report = {"steps": ckpt.global_step, "history": history, "digests": run_digests(state)}
-    print(f"finished: {describe(len(history['val_loss']) - 1, history)}\nstate digest {report['digests']['all']}")
+    digests = run_digests(state)
+    print(f"finished: {describe(len(history['val_loss']) - 1, history)}\nstate digest {digests['all']}")
     if options.report:
+        report = {"steps": ckpt.global_step, "history": history, "digests": digests}
         options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -66,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(describe(epoch, history, options.steps), flush=True)
             ckpt.end_epoch({"val_loss": history["val_loss"][-1]})
 
-    report = {"steps": ckpt.global_step, "history": history, "digests": run_digests(state)}
+    digests = run_digests(state)
     print(f"finished: {describe(len(history['val_loss']) - 1, history, options.steps)}")
-    print(f"state digest {report['digests']['all']}")
+    print(f"state digest {digests['all']}")
     if options.report:
+        report = {"steps": ckpt.global_step, "history": history, "digests": digests}
         options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(write(model, alphabet, "def ", options.sample, options.seed))
 

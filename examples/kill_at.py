@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -30,7 +31,7 @@ def main() -> None:
 
     register_optimizer_step_post_hook(kill_at_last)
     del sys.argv[:2]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    sys.path[0] = str(Path(sys.argv[0]).absolute().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

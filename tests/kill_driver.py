@@ -1,13 +1,15 @@
-"""Runs a training script and kills the process, at a moment that comes in on standard input.
+"""Runs a training script again and again, and kills it each time at the moment that it is told.
 
-    echo "23 40" | python tests/kill_driver.py examples/digits.py --run runs/digits
+    python tests/kill_driver.py examples/digits.py --run runs/digits
 
-``0 0`` lets it live. ``23 0`` kills it in its 23rd optimizer step, counted from this start; ``23 40`` at the 40th
-moment after that step in which something happens to the disk: before each call that changes it, in the middle of each
-write, and after each fsync. Nothing runs afterwards, as after any SIGKILL. A script that lives to its end tells on
-standard error how many such moments came after each step, as JSON.
+Each line on standard input is an order, ``STEP MOMENT``, for one process that runs the script from its beginning.
+``0 0`` lets it live. ``23 0`` kills it with SIGKILL in its 23rd optimizer step; ``23 40`` at the 40th moment after that
+step in which something happens to the disk: before each call that changes it, in the middle of each write, and after
+each fsync. After what the script prints comes a line of JSON: the exit status and, of a process that lived, how many
+such moments came after each of its steps.
 
-What takes long, the imports, is done before the moment is read: a parent that starts one process ahead does not wait.
+The processes are forks of this one, which imports what the script needs and does nothing else: importing PyTorch takes
+longer than the training.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 TORN = ("write", "pwrite", "writev", "pwritev")
@@ -92,27 +95,41 @@ def half_of(data: Any) -> Any:
     return view[: len(view) // 2]
 
 
+def run_script(kill: Kill, order: str) -> None:
+    """Run the script that the command line names, in a process that ends with it."""
+    step, moment = order.split()
+    kill.plan(int(step), int(moment))
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).absolute().parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def main() -> None:
-    """Run the script that the command line names."""
+    """Follow the orders."""
     kill = Kill()
     for name in WATCHED:
         if hasattr(os, name):
             watch(name, kill)  # first of all: whoever imports a function by name gets this one
 
-    # The examples' own imports, ahead of time.
     import sklearn.datasets  # noqa: F401
+    import torch._dynamo  # noqa: F401 - the first optimizer imports it
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     import holdfast.checkpointer  # noqa: F401
 
     register_optimizer_step_post_hook(kill.count_step)
-    step, moment = sys.stdin.readline().split()
-    kill.plan(int(step), int(moment))
-
-    del sys.argv[0]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    print(json.dumps(kill.moments), file=sys.stderr)
+    for order in sys.stdin:
+        receiver, sender = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            run_script(kill, order)
+            os.write(sender, json.dumps(kill.moments).encode())
+            sys.exit()
+        os.close(sender)
+        with os.fdopen(receiver) as moments:
+            told = moments.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps({"status": status, "moments": json.loads(told or "{}")}), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from holdfast import Run
 ROOT = Path(__file__).parents[1]
 EPOCHS = 12
 KILLS = 20
+KILLS_PER_TRAINER = 10  # then the next comes out of a process of its own, with its own seed of hashes
 # Each seed is another choice of moments: one by default, which takes a minute, more in `make torture`.
 SEEDS = range(10 if os.environ.get("HOLDFAST_TORTURE", "0") != "0" else 1)
 
@@ -30,28 +30,38 @@ class Ended:
     """How one process of a run ended."""
 
     status: int
-    stdout: str
-    stderr: str
+    stdout: list[str]
+    moments: dict[str, int]
 
 
-class Process:
-    """A process that trains digits; started, with its imports under way, and waiting for its orders."""
+class Trainer:
+    """Trains digits, each time in a new process that runs the example from its beginning."""
 
     def __init__(self, run: Path, report: Path) -> None:
         driver, example = ROOT / "tests" / "kill_driver.py", ROOT / "examples" / "digits.py"
         command = [sys.executable, driver, example, "--run", run, "--report", report, "--epochs", str(EPOCHS)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._process = subprocess.Popen(list(map(str, command)), text=True, **pipes)
+        self._driver = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
 
     def train(self, *, kill_in_step: int = 0, moment: int = 0) -> Ended:
         """Let it train: up to ``moment`` (0: none) on the disk after a step, or to the end."""
-        stdout, stderr = self._process.communicate(f"{kill_in_step} {moment}\n")
-        return Ended(self._process.returncode, stdout, stderr)
+        assert self._driver.stdin is not None
+        assert self._driver.stdout is not None
+        self._driver.stdin.write(f"{kill_in_step} {moment}\n")
+        self._driver.stdin.flush()
+        lines: list[str] = []
+        for line in self._driver.stdout:
+            if line.startswith("{"):
+                return Ended(stdout=lines, **json.loads(line))
+            lines.append(line.rstrip())
+        raise AssertionError(f"the driver ended with {self._driver.wait()}")
 
-    def stop(self) -> None:
-        """End it if it has not ended."""
-        self._process.kill()
-        self._process.communicate()
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._driver.communicate()  # no more orders: it ends
 
 
 @dataclass(frozen=True)
@@ -69,13 +79,13 @@ class Whole:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A run that nobody kills."""
     directory = tmp_path_factory.mktemp("whole")
-    ended = Process(directory / "run", directory / "report.json").train()
+    with Trainer(directory / "run", directory / "report.json") as trainer:
+        ended = trainer.train()
     assert ended.status == 0, ended
     report = json.loads((directory / "report.json").read_text())
-    moments = json.loads(ended.stderr.splitlines()[-1])
     steps_per_epoch = report["steps"] // EPOCHS
     in_epochs = [0] * (EPOCHS + 1)
-    for step, count in moments.items():
+    for step, count in ended.moments.items():
         in_epochs[int(step) // steps_per_epoch] += count
     return Whole(directory / "run", report, names_in(directory / "run"), steps_per_epoch, in_epochs[1:])
 
@@ -119,27 +129,25 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_nobody_killed(
     """
     kills = Kills(random.Random(seed), whole)
     run, report = tmp_path / "run", tmp_path / "report.json"
-    upcoming = Process(run, report)
-    try:
-        for kill in range(KILLS):
-            process, upcoming = upcoming, Process(run, report)
-            epochs_done = newest_epoch(run)
-            step, moment = kills.choose(epochs_done, is_last=kill == KILLS - 1)
+    for first in range(0, KILLS, KILLS_PER_TRAINER):
+        with Trainer(run, report) as trainer:
+            for kill in range(first, first + KILLS_PER_TRAINER):
+                epochs_done = newest_epoch(run)
+                step, moment = kills.choose(epochs_done, is_last=kill == KILLS - 1)
 
-            ended = process.train(kill_in_step=step, moment=moment)
+                ended = trainer.train(kill_in_step=step, moment=moment)
 
-            where = f"kill {kill} (epoch {epochs_done}, step {step}, moment {moment}): {ended}"
-            assert ended.status == -signal.SIGKILL, where
-            assert resumed_after(ended) == epochs_done, where
-            for checkpoint in Run(run):
-                checkpoint.verify()
-            assert Run(run).broken() == [], where
-            # What was saved before the kill is there; of a save that was killed, all or nothing.
-            saved = (step - 1) // whole.steps_per_epoch
-            assert newest_epoch(run) - epochs_done in ({0, 1} if moment else {saved}), where
-        ended = upcoming.train()
-    finally:
-        upcoming.stop()
+                where = f"kill {kill} (epoch {epochs_done}, step {step}, moment {moment}): {ended}"
+                assert ended.status == -signal.SIGKILL, where
+                assert resumed_after(ended) == epochs_done, where
+                for checkpoint in Run(run):
+                    checkpoint.verify()
+                assert Run(run).broken() == [], where
+                # What was saved before the kill is there; of a save that was killed, all or nothing.
+                saved = (step - 1) // whole.steps_per_epoch
+                assert newest_epoch(run) - epochs_done in ({0, 1} if moment else {saved}), where
+    with Trainer(run, report) as trainer:
+        ended = trainer.train()
 
     assert ended.status == 0, ended
     assert json.loads(report.read_text()) == whole.report
@@ -149,7 +157,8 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_nobody_killed(
 
 def test_a_finished_run_reports_the_same_again(whole: Whole, tmp_path: Path) -> None:
     """Started again after its end, it trains nothing and has the state that it ended with."""
-    ended = Process(whole.run, tmp_path / "report.json").train()
+    with Trainer(whole.run, tmp_path / "report.json") as trainer:
+        ended = trainer.train()
 
     assert ended.status == 0, ended
     assert resumed_after(ended) == EPOCHS
@@ -165,8 +174,8 @@ def newest_epoch(run: Path) -> int:
 
 def resumed_after(ended: Ended) -> int:
     """The number of epochs from which a process went on, by its own words."""
-    first_line: Sequence[str] = ended.stdout.partition("\n")[0].split()
-    return int(first_line[-1]) if first_line[:1] == ["resuming"] else 0
+    first_line = ended.stdout[0] if ended.stdout else ""
+    return int(first_line.split()[-1]) if first_line.startswith("resuming") else 0
 
 
 def names_in(run: Path) -> list[str]:

@@ -186,7 +186,10 @@ class Checkpoint:
             CorruptCheckpointError: the bytes are not those that were written.
         """
         entry, _, tensor = name.partition("/")
-        record = self._manifest.record(entry, tensor)
+        try:
+            record = self._manifest.record(entry, tensor)
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {name!r}; its names are in .tensors") from None
         numpy_name = DTYPES[record.dtype].numpy
         if numpy_name is None:
             raise UnsupportedValueError(
@@ -459,7 +462,9 @@ def _header_damage(file: Any, name: str, manifest: Manifest) -> list[Damage]:
 def _box_sink(array: np.ndarray[Any, Any], piece: Piece) -> Sink:
     """Bytes of a piece into its box of ``array``."""
     offset = piece.offset or (0,) * array.ndim
-    box = array[tuple(slice(start, start + size) for start, size in zip(offset, piece.shape, strict=True))]
+    # The ellipsis keeps it a view where there are no dimensions; without it numpy gives a copy, a scalar.
+    place: tuple[Any, ...] = (..., *(slice(at, at + size) for at, size in zip(offset, piece.shape, strict=True)))
+    box = array[place]
     if box.flags.c_contiguous:
         flat = box.reshape(-1).view(np.uint8)
 

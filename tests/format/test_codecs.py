@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import decimal
 import enum
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -62,17 +61,16 @@ class Config:
         object.__setattr__(self, "total", sum(self.sizes))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Child(Config):
     """A subclass, which is another type."""
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test starts with nothing registered."""
     monkeypatch.setattr(codecs, "_by_type", {})
     monkeypatch.setattr(codecs, "_by_name", {})
-    yield
 
 
 class Values(tree.OpaqueLeaves):

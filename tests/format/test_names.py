@@ -46,7 +46,8 @@ def test_names_outside_the_grammar_are_strangers(text: str) -> None:
 def test_names_sort_by_number() -> None:
     """Step 10 comes after step 9, generation 10 after generation 9."""
     ordered = [CheckpointName(9), CheckpointName(10), CheckpointName(10, 9), CheckpointName(10, 10), CheckpointName(11)]
-    assert sorted(ordered[::-1]) == ordered
+    backwards = ordered[::-1]
+    assert sorted(backwards) == ordered
 
 
 @given(

@@ -70,38 +70,44 @@ NEGATIVE_NAN = struct.unpack(">d", bytes.fromhex("fff8000000000000"))[0]
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
 
 EXACT: list[Any] = [
-    None, True, False, 0, -1, 2**63 - 1, -(2**63), 2**63, 2**64, 2**128 - 1, -(2**200), 10**4000, 10**4001, -(2**400_000 - 1),
+    None, True, False, 0, -1, 2**63 - 1, -(2**63), 2**63, 2**64, 2**128 - 1, -(2**200), 10**4000, 10**4001,
+    -(2**400_000 - 1),
     0.0, -0.0, 1.0, 0.1, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan, NAN_WITH_PAYLOAD, NEGATIVE_NAN,
     "", "a", "ä\0\n\u2028😀", "$x", 1 + 2j, complex(-0.0, math.nan), complex(math.inf, -0.0),
     b"", b"\0\xff", bytearray(b"abc"), bytearray(),
-    [], [[]], (), ((),), (1,), [1, (2, [3])], {}, {"": 1}, {"a": {}}, {"$x": 1}, {"$tensor": "w"}, {"a": 1, "$b": 2},
+    {10**5000: 1}, [], [[]], (), ((),), (1,), [1, (2, [3])], {}, {"": 1}, {"a": {}}, {"$x": 1},
+    {"$tensor": "w"}, {"a": 1, "$b": 2},
     {1: 2}, {1: "int", "1": "text"}, {None: 1, True: 2, 1.5: 3, (1, 2): 4, b"x": 5}, {-0.0: 1}, {math.nan: 1},
-    {float("nan"): 1, float("nan"): 2}, {(float("nan"),): 1, (float("nan"),): 2}, {"b": 1, "a": 2},
-    set(), {1, 2, 3}, {"a", None, 1.5, (1, 2)}, {float("nan"), float("nan")}, frozenset(), frozenset({frozenset({1}), 2}),
+    {float("nan"): 1, float("nan"): 2}, {(float("nan"), n): n for n in (1, 1.5)}, {"b": 1, "a": 2},
+    set(), {1, 2, 3}, {"a", None, 1.5, (1, 2)}, {float("nan"), float("nan")}, frozenset(),
+    frozenset({frozenset({1}), 2}),
     collections.OrderedDict([("b", 1), ("a", 2)]), collections.OrderedDict(), collections.OrderedDict({1: 2}),
     collections.Counter({30: 1, 80: 2}), collections.Counter(), collections.Counter({"a": -1}),
     collections.defaultdict(list, {"a": [1]}), collections.defaultdict(None, {1: 2}), collections.defaultdict(dict),
-    collections.defaultdict(int), collections.deque([1, 2], 5), collections.deque(), collections.deque([], 0),
+    collections.defaultdict(int), collections.deque([1, 2], 5), collections.deque(), collections.deque(maxlen=0),
     pathlib.Path("a/b"), pathlib.Path(), pathlib.PurePosixPath("/a"), pathlib.PureWindowsPath("C:\\a\\b"),
     datetime.date(1, 1, 1), datetime.date.max, datetime.timedelta.min, datetime.timedelta(-1, 2, 3),
     datetime.datetime(2026, 1, 2, 3, 4, 5, 6), datetime.datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=BERLIN),  # noqa: DTZ001
     datetime.datetime(2026, 1, 2, tzinfo=UTC), datetime.datetime(2026, 1, 2, tzinfo=zoneinfo.ZoneInfo("UTC")),
-    datetime.datetime.min.replace(tzinfo=UTC), datetime.datetime.max,
+    datetime.datetime.min.replace(tzinfo=UTC), datetime.datetime.max.replace(tzinfo=UTC),
     datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=-3, microseconds=1))),
     datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=2), "CEST")),
     datetime.time(1, 2, 3, 4), datetime.time(fold=1), datetime.time(1, tzinfo=UTC), datetime.time(1, tzinfo=BERLIN),
-    np.float64(0.1), np.float64("nan"), np.float32(0.1), np.float16("-0.0"), np.longdouble("0.1"), np.clongdouble(1 + 2j),
+    np.float64(0.1), np.float64("nan"), np.float32(0.1), np.float16("-0.0"), np.longdouble("0.1"),
+    np.clongdouble(1 + 2j),
     np.complex64(1j), np.complex128(complex(-0.0, math.nan)), np.bool_(True), np.int8(-1), np.int16(-1), np.int32(-1),
     np.int64(-1), np.uint8(255), np.uint16(65535), np.uint32(2**32 - 1), np.uint64(2**64 - 1), np.longlong(-1),
     np.ulonglong(1), np.intc(3), np.intp(4),
-    np.datetime64("2026-01-02T03:04:05.123456789"), np.datetime64("NaT"), np.datetime64("2026", "25s"), np.datetime64("2026", "Y"),
+    np.datetime64("2026-01-02T03:04:05.123456789"), np.datetime64("NaT"), np.datetime64("2026", ("s", 25)),
+    np.datetime64("2026", "Y"),
     np.timedelta64(5, "ns"), np.timedelta64("NaT"), np.timedelta64(7),
-    np.str_(""), np.str_("ä😀"), np.str_("a\0"), np.str_("\udc80"), np.bytes_(b""), np.bytes_(b"a\0"), np.void(b"ab"), np.void(b""),
+    np.str_(""), np.str_("ä😀"), np.str_("a\0"), np.str_("\udc80"), np.bytes_(b""), np.bytes_(b"a\0"),
+    np.void(b"ab"), np.void(b""),
     {np.int64(1): np.str_("x")},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", EXACT, ids=lambda value: f"{type(value).__name__} {str(value)[:30] if value != 10**4001 and not (isinstance(value, int) and value.bit_length() > 13000) else 'big'}")  # fmt: skip
+@pytest.mark.parametrize("value", EXACT, ids=lambda value: type(value).__name__)
 def test_round_trip_is_exact(value: object) -> None:
     """Type, order and every bit come back, alone and nested."""
     assert bits(round_trip(value)) == bits(value)
@@ -110,7 +116,7 @@ def test_round_trip_is_exact(value: object) -> None:
 
 NUMPY_SCALARS = st.one_of(
     st.sampled_from([np.float16, np.float32, np.float64]).flatmap(
-        lambda kind: st.binary(min_size=kind().itemsize, max_size=kind().itemsize).map(
+        lambda kind: st.binary(min_size=np.dtype(kind).itemsize, max_size=np.dtype(kind).itemsize).map(
             lambda raw: np.frombuffer(raw, kind)[0]
         )
     ),
@@ -172,7 +178,8 @@ def test_any_nesting_round_trips(value: object) -> None:
 @given(st.sets(st.integers() | st.text(st.characters(exclude_categories=["Cs"]))))
 def test_equal_sets_give_equal_bytes(value: set[Any]) -> None:
     """The order of a set's hashes does not reach the file."""
-    assert encode(value) == encode(set(sorted(value, key=repr, reverse=True)))
+    backwards = sorted(value, key=repr, reverse=True)
+    assert encode(value) == encode(set(backwards))
 
 
 def contains_itself() -> list[Any]:
@@ -190,6 +197,16 @@ class Text(str):
 
 class Zone(datetime.tzinfo):
     """A time zone of the user's own."""
+
+    def utcoffset(self, dt: datetime.datetime | None, /) -> datetime.timedelta:
+        """None to speak of."""
+        return datetime.timedelta()
+
+    dst = utcoffset
+
+    def tzname(self, dt: datetime.datetime | None, /) -> str:
+        """Its name."""
+        return "zone"
 
 
 REFUSED: list[tuple[Any, str, str]] = [
@@ -283,31 +300,48 @@ def test_the_end_of_the_stack_is_an_error_of_the_same_kind() -> None:
 
 
 HOSTILE: list[Any] = [
-    {"$int": 1}, {"$int": "1.0"}, {"$int": "１"}, {"$int": " 1"}, {"$int": "9" * 5000}, {"$int": "0x" + "f" * 100_001}, {"$int": "1_0"},
-    {"$float": 1.0}, {"$float": "1"}, {"$float": "NaN"}, {"$float": "nan:"}, {"$float": "nan:7ff0000000000000"}, {"$float": "nan:zz"},
-    {"$float": "nan:" + "7f" * 9}, {"$complex": []}, {"$complex": [1, 2]}, {"$complex": [1.0]}, {"$complex": [1.0, 2.0, 3.0]},
-    {"$complex": [{"$tuple": []}, 1.0]}, {"$bytes": "a"}, {"$bytes": "a b="}, {"$bytes": 1}, {"$bytes": "ä"}, {"$bytearray": None},
-    {"$tuple": 1}, {"$tuple": {"a": 1}}, {"$tuple": "ab"}, {"$set": [[1]]}, {"$set": [{}]}, {"$set": [1, 1]}, {"$set": [1, 1.0]},
+    {"$int": 1}, {"$int": "1.0"}, {"$int": "\uff11"}, {"$int": " 1"}, {"$int": "9" * 5000},
+    {"$int": "0x" + "f" * 100_001}, {"$int": "1_0"},
+    {"$float": 1.0}, {"$float": "1"}, {"$float": "NaN"}, {"$float": "nan:"}, {"$float": "nan:7ff0000000000000"},
+    {"$float": "nan:zz"},
+    {"$float": "nan:" + "7f" * 9}, {"$complex": []}, {"$complex": [1, 2]}, {"$complex": [1.0]},
+    {"$complex": [1.0, 2.0, 3.0]},
+    {"$complex": [{"$tuple": []}, 1.0]}, {"$bytes": "a"}, {"$bytes": "a b="}, {"$bytes": 1}, {"$bytes": "ä"},
+    {"$bytearray": None},
+    {"$tuple": 1}, {"$tuple": {"a": 1}}, {"$tuple": "ab"}, {"$set": [[1]]}, {"$set": [{}]}, {"$set": [1, 1]},
+    {"$set": [1, 1.0]},
     {"$set": "ab"}, {"$frozenset": [{"$set": []}]}, {"$set": [{"$tensor": "w"}]}, {"$set": [{"$bytearray": ""}]},
-    {"$dict": {}}, {"$dict": [1]}, {"$dict": [[1]]}, {"$dict": [[1, 2, 3]]}, {"$dict": [[[], 1]]}, {"$dict": [[1, 1], [1, 2]]},
+    {"$dict": {}}, {"$dict": [1]}, {"$dict": [[1]]}, {"$dict": [[1, 2, 3]]}, {"$dict": [[[], 1]]},
+    {"$dict": [[1, 1], [1, 2]]},
     {"$dict": [[{"$tensor": "w"}, 1]]}, {"$dict": [["a", 1], ["a", 1]]}, {"$dict": ["ab"]},
-    {"$ordereddict": 1}, {"$counter": [[1]]}, {"$counter": None}, {"$defaultdict": []}, {"$defaultdict": ["exec", []]},
-    {"$defaultdict": ["int"]}, {"$defaultdict": [1, []]}, {"$defaultdict": [["int"], []]}, {"$deque": []}, {"$deque": [-1, []]},
+    {"$ordereddict": 1}, {"$counter": [[1]]}, {"$counter": None}, {"$defaultdict": []},
+    {"$defaultdict": ["exec", []]},
+    {"$defaultdict": ["int"]}, {"$defaultdict": [1, []]}, {"$defaultdict": [["int"], []]}, {"$deque": []},
+    {"$deque": [-1, []]},
     {"$deque": ["a", []]}, {"$deque": [2**70, []]}, {"$deque": [1.5, []]}, {"$deque": [None, 1]},
     {"$path": "a"}, {"$path": ["os.system", "a"]}, {"$path": ["Path", 1]}, {"$path": [["Path"], "a"]},
     {"$date": 1}, {"$date": "2026-13-01"}, {"$date": None}, {"$date": "never"},
-    {"$timedelta": [10**10, 0, 0]}, {"$timedelta": ["a", 0, 0]}, {"$timedelta": 1}, {"$timedelta": [1, 2, 3, 4, 5, 6, 7, 8]},
+    {"$timedelta": [10**10, 0, 0]}, {"$timedelta": ["a", 0, 0]}, {"$timedelta": 1},
+    {"$timedelta": [1, 2, 3, 4, 5, 6, 7, 8]},
     {"$timedelta": [10**400, 0, 0]}, {"$timedelta": [{"a": 1}]},
     {"$datetime": []}, {"$datetime": "2026"}, {"$datetime": [1, 0, None]}, {"$datetime": ["2026-01-01", 2, None]},
-    {"$datetime": ["2026-01-01", "0", None]}, {"$datetime": ["2026-01-01", 0, 5]}, {"$datetime": ["2026-01-01", 0, "../../etc/passwd"]},
-    {"$datetime": ["2026-01-01", 0, "/etc/passwd"]}, {"$datetime": ["2026-01-01", 0, "No/Where"]}, {"$datetime": ["2026-01-01", 0, "Europe"]},
-    {"$datetime": ["2026-01-01", 0, ""]}, {"$datetime": ["2026-01-01", 0, "a" * 5000]}, {"$datetime": ["2026-01-01", 0, [0, 0, 0]]},
-    {"$datetime": ["2026-01-01", 0, [1, 0, 0, None]]}, {"$datetime": ["2026-01-01", 0, [0, 0, 0, 7]]}, {"$datetime": ["2026-01-01", 0, [10**10, 0, 0, None]]},
+    {"$datetime": ["2026-01-01", "0", None]}, {"$datetime": ["2026-01-01", 0, 5]},
+    {"$datetime": ["2026-01-01", 0, "../../etc/passwd"]},
+    {"$datetime": ["2026-01-01", 0, "/etc/passwd"]}, {"$datetime": ["2026-01-01", 0, "No/Where"]},
+    {"$datetime": ["2026-01-01", 0, "Europe"]},
+    {"$datetime": ["2026-01-01", 0, ""]}, {"$datetime": ["2026-01-01", 0, "a" * 5000]},
+    {"$datetime": ["2026-01-01", 0, [0, 0, 0]]},
+    {"$datetime": ["2026-01-01", 0, [1, 0, 0, None]]}, {"$datetime": ["2026-01-01", 0, [0, 0, 0, 7]]},
+    {"$datetime": ["2026-01-01", 0, [10**10, 0, 0, None]]},
     {"$time": ["25:00", 0, None]}, {"$time": ["01:00", 10**30, None]}, {"$time": 1},
-    {"$scalar": []}, {"$scalar": ["<f4"]}, {"$scalar": ["<f4", "00"]}, {"$scalar": ["<f4", "zz000000"]}, {"$scalar": ["<f4", 1]}, {"$scalar": [1, "00"]},
-    {"$scalar": ["O", "00" * 8]}, {"$scalar": ["object", "00" * 8]}, {"$scalar": ["i4,f8", "00" * 12]}, {"$scalar": ["V99999999999", ""]},
-    {"$scalar": ["S999999999999", ""]}, {"$scalar": ["nope", ""]}, {"$scalar": ["M8[zz]", "00" * 8]}, {"$scalar": ["<M8[0s]", "00" * 8]},
-    {"$scalar": ["(2,)i4", "00" * 8]}, {"$scalar": ["T", "00" * 16]}, {"$scalar": ["U1", "ffffffff"]}, {"$scalar": ["2i4", "00" * 8]},
+    {"$scalar": []}, {"$scalar": ["<f4"]}, {"$scalar": ["<f4", "00"]}, {"$scalar": ["<f4", "zz000000"]},
+    {"$scalar": ["<f4", 1]}, {"$scalar": [1, "00"]},
+    {"$scalar": ["O", "00" * 8]}, {"$scalar": ["object", "00" * 8]}, {"$scalar": ["i4,f8", "00" * 12]},
+    {"$scalar": ["V99999999999", ""]},
+    {"$scalar": ["S999999999999", ""]}, {"$scalar": ["nope", ""]}, {"$scalar": ["M8[zz]", "00" * 8]},
+    {"$scalar": ["<M8[0s]", "00" * 8]},
+    {"$scalar": ["(2,)i4", "00" * 8]}, {"$scalar": ["T", "00" * 16]}, {"$scalar": ["U1", "ffffffff"]},
+    {"$scalar": ["2i4", "00" * 8]},
     {"$scalar": ["f" * 300, ""]}, {"$scalar": ["<f4\n", "00000000"]},
     {"$codec": []}, {"$codec": [1, 2]}, {"$codec": ["a"]}, {"$codec": "a"},
     {"$int": "1", "a": 1}, {"a": 1, "$b": 1}, {"$a": 1, "$b": 1},
@@ -345,10 +379,10 @@ def test_any_json_is_a_value_or_a_value_error(node: object) -> None:
     """No other exception comes out of the decoder, whatever goes in; and what comes out can be written again."""
     try:
         value = decode(node)
-    except ValueError:
+        again = encode(value)
+    except (ValueError, UnsupportedValueError):  # opaque values can only be shown
         return
-    if "Opaque" not in repr(value) and "codec(" not in repr(value):
-        assert bits(round_trip(value)) == bits(value)
+    assert bits(decode(again)) == bits(value)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def _functions_for(type_: Any) -> tuple[Callable[[Any], Any], Callable[[Any], An
         return (lambda member: member.value), type_
     if issubclass(type_, enum.Enum):
         # By name: two members may not share one, and a value may be anything.
-        return (lambda member: member.name), type_.__getitem__
+        return (lambda member: member.name), lambda name: type_[name]
     if issubclass(type_, tuple) and hasattr(type_, "_fields"):
         return (lambda value: value._asdict()), (lambda fields: type_(**fields))
     if dataclasses.is_dataclass(type_):

@@ -87,7 +87,10 @@ class SavedLeaves:
                 raise ValueError(f"torch has no dtype {body!r}")
             return dtype
         if tag == "$size":
-            return torch.Size(body)
+            size = torch.Size(body)
+            if not all(-(2**63) <= dimension < 2**63 for dimension in size):
+                raise ValueError("a dimension of more than 64 bits")
+            return size
         if tag == "$device":
             return torch.device(body)
         raise KeyError(tag)

@@ -120,6 +120,9 @@ def make_directory(parent: Descriptor, name: str) -> Descriptor | None:
         return open_directory(name, parent)
     except FileNotFoundError:
         return None
+    except OSError:  # no descriptor left, say
+        remove_directory(parent, name)
+        raise
 
 
 def sync_directory(directory: Descriptor) -> None:

@@ -218,7 +218,12 @@ class LocalStore:
         """Begin a save."""
         with storage_errors("cannot save in", self.path):
             durable.make_directories(self.path)
-            return self._locked_temporary(self._parent(), step)
+            parent = self._parent()
+            try:
+                return self._locked_temporary(parent, step)
+            except BaseException:
+                parent.close()
+                raise
 
     def annotate(self, name: str, data: bytes) -> None:
         """Replace the annotations of a checkpoint atomically."""
@@ -304,10 +309,15 @@ class LocalStore:
             # Between making and locking, a cleaner may have taken it for abandoned; then it is not ours any more.
             if directory is None:
                 continue
-            if durable.lock_exclusive(directory) is not Lock.BUSY and durable.is_same_directory(
-                directory, parent, name
-            ):
-                return LocalPending(self.path, parent, name, directory)
+            pending = LocalPending(self.path, parent, name, directory)
+            try:
+                if durable.lock_exclusive(directory) is not Lock.BUSY and durable.is_same_directory(
+                    directory, parent, name
+                ):
+                    return pending
+            except BaseException:
+                pending.abort()
+                raise
             directory.close()
 
     def _is_abandoned(self, name: str, directory: Descriptor, parent: Descriptor) -> bool:

@@ -23,7 +23,7 @@ from holdfast.format.tree.nodes import FACTORIES, IN_FILES, MAX_DEPTH, MAX_INT_H
 
 _INT = re.compile(rf"-?(0x[0-9a-f]{{1,{MAX_INT_HEX_DIGITS}}}|[0-9]{{1,4001}})", re.ASCII)
 _ZONE = re.compile(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", re.ASCII)
-_NUMPY_DTYPE = re.compile(r"[<>|=]?[A-Za-z0-9_]{1,16}(\[[0-9A-Za-z]{1,8}\])?", re.ASCII)
+_NUMPY_DTYPE = re.compile(r"[<>|=]?[A-Za-z0-9_]{1,16}(\[([1-9][0-9]{0,8})?[A-Za-z]{1,2}\])?", re.ASCII)
 
 
 @dataclass(slots=True)
@@ -165,7 +165,7 @@ def plain_numpy_dtype(name: Json) -> np.dtype[Any]:
         dtype = np.dtype(name)
     except TypeError as error:
         raise ValueError(f"not a numpy dtype: {name!r}") from error
-    if dtype.hasobject or dtype.names is not None:
+    if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
         raise ValueError(f"not a plain numpy dtype: {name!r}")
     return dtype
 

@@ -87,7 +87,10 @@ def child(path: str, key: object) -> str:
     """The path of the value under ``key`` in the container at ``path``: ``optimizer.param_groups[0].lr``."""
     if isinstance(key, str):
         return f"{path}.{key}" if path else key
-    return f"{path}[{key!r}]"
+    try:
+        return f"{path}[{key!r}]"
+    except ValueError:  # Python shows no int of more than 4,300 digits
+        return f"{path}[{type(key).__name__}]"
 
 
 def unsupported(value: object, path: str, way_out: str) -> UnsupportedValueError:

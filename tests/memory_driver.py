@@ -1,0 +1,68 @@
+"""Saves and restores a large state and tells how far the memory's peak rose above what was there, as JSON.
+
+python tests/memory_driver.py <megabytes> <directory>
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import holdfast
+
+
+def field(name: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(name)
+
+
+def peak(function: Callable[[], object]) -> int:
+    """How far the resident set rises during a call."""
+    before = field("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    function()
+    return field("VmHWM") - before
+
+
+def make_state(nbytes: int, value: float) -> dict[str, Any]:
+    """A third in one tensor, a third in one that lies the other way, the rest in many, and a transposed array."""
+    side = int((nbytes // 3 // 4) ** 0.5)
+    small = [torch.full((100, 100), value) for _ in range(nbytes // 6 // 40_000)]
+    return {
+        "plain": torch.full((side, side), value),
+        "transposed": torch.full((side, side), value).t(),
+        "small": small,
+        "array": np.full((side // 2, side), value, np.float32).T,
+    }
+
+
+def main() -> None:
+    """Measure."""
+    torch.set_num_threads(1)
+    nbytes, directory = int(float(sys.argv[1]) * 1e6), Path(sys.argv[2])
+    # What is made once in a process, such as imports and pools, is not what a save takes.
+    tiny = make_state(10**6, 1.0)
+    holdfast.save(directory / "warm", tiny)
+    holdfast.restore(directory / "warm", tiny)
+    state = make_state(nbytes, 1.0)
+    peaks = {"save": peak(lambda: holdfast.save(directory / "x", state))}
+    del state
+    live = make_state(nbytes, 2.0)
+    peaks["restore"] = peak(lambda: holdfast.restore(directory / "x", live))
+    peaks["verify"] = peak(lambda: holdfast.open(directory / "x").verify())
+    assert float(live["transposed"].sum(dtype=torch.float64)) == live["plain"].numel()
+    assert float(live["array"].min()) == 1.0
+    print(json.dumps({"files": holdfast.open(directory / "x").nbytes, **peaks}))
+
+
+if __name__ == "__main__":
+    main()

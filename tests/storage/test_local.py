@@ -1,0 +1,644 @@
+"""Checkpoints in a directory: how one comes to be, and how it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.errors import CheckpointExistsError, DiskFullError, RunBusyError, StorageError
+from holdfast.format.names import TemporaryName, aside_name, host_label, trash_name
+from holdfast.storage import durable, local
+from holdfast.storage.chunks import digest
+from holdfast.storage.local import LocalStore
+
+Commit = Callable[..., str]
+Contents = Callable[[LocalStore], dict[str, dict[str, bytes]]]
+NONCE = "0123456789abcdef"
+ONE = "step-000000000001"
+TWO = "step-000000000002"
+
+
+def whole(data: bytes = b"data") -> dict[str, bytes]:
+    """What the fixture ``commit`` leaves in a checkpoint."""
+    return {"model.safetensors": data, "manifest.json": b"manifest"}
+
+
+def read(store: LocalStore, name: str) -> bytes:
+    """A checkpoint's data, the way a reader gets it."""
+    stored = store.open(name)
+    try:
+        stored.lock()
+        return stored.read_whole("model.safetensors", 100)
+    finally:
+        stored.close()
+
+
+# --------------------------------------------------------------------------------------------------------- committing
+
+
+def test_order_of_a_save(store: LocalStore, commit: Commit, system_calls: Any) -> None:
+    """Each step is durable before the next: directories, data, manifest, names, and only then the final name."""
+    commit(store, 1)
+    assert system_calls.only(
+        "mkdir", "posix_fallocate", "write", "fsync", "renameat2", "rename", "unlink", "rmdir"
+    ) == [
+        ("mkdir", "run"),
+        ("fsync", "."),
+        ("mkdir", "run/TMP"),
+        ("posix_fallocate", "run/TMP/model.safetensors"),
+        ("write", "run/TMP/model.safetensors"),
+        ("fsync", "run/TMP/model.safetensors"),
+        ("write", "run/TMP/manifest.json"),
+        ("fsync", "run/TMP/manifest.json"),
+        ("fsync", "run/TMP"),
+        ("renameat2", "TMP", ONE),
+        ("fsync", "run"),
+    ]
+
+
+def test_the_writer_is_locked_before_it_writes(store: LocalStore, commit: Commit, system_calls: Any) -> None:
+    """From the first file on, nobody may take the directory for abandoned."""
+    commit(store, 1)
+    assert [call[0] for call in system_calls.trace[2:5]] == ["mkdir", "flock", "open"]
+
+
+def test_what_a_save_leaves(store: LocalStore, commit: Commit, contents: Contents) -> None:
+    """The checkpoint and nothing else; its record has the file's checksum."""
+    pending = store.create(1)
+    record = pending.write_file("model.safetensors", [b"da", memoryview(b"ta")], 4)
+    pending.commit(ONE, b"manifest")
+    assert contents(store) == {ONE: whole()}
+    assert (record.bytes, record.xxh3_128) == (4, (digest(b"data"),))
+
+
+def test_invisible_until_committed(store: LocalStore) -> None:
+    """While it is written it has no name that a reader looks at."""
+    pending = store.create(7)
+    pending.write_file("model.safetensors", [b"data"], 4)
+    (name,) = store.names()
+    parsed = TemporaryName.parse(name)
+    assert parsed is not None
+    assert (parsed.step, parsed.pid) == (7, os.getpid())
+    pending.abort()
+    assert store.names() == []
+
+
+def test_a_taken_name(store: LocalStore, commit: Commit, contents: Contents) -> None:
+    """What is there stays; the next name may be tried without writing anything again."""
+    commit(store, 1, b"old")
+    pending = store.create(1)
+    pending.write_file("model.safetensors", [b"new"], 3)
+    with pytest.raises(CheckpointExistsError, match="it was left as it is"):
+        pending.commit(ONE, b"manifest")
+    pending.commit(f"{ONE}.g2", b"manifest")
+    assert contents(store) == {ONE: whole(b"old"), f"{ONE}.g2": whole(b"new")}
+
+
+def test_another_length_than_planned(store: LocalStore, contents: Contents) -> None:
+    """A tensor that was resized meanwhile must not be committed."""
+    pending = store.create(1)
+    with pytest.raises(StorageError, match="4 bytes were planned, 3 came"):
+        pending.write_file("model.safetensors", [b"abc"], 4)
+    pending.abort()
+    assert contents(store) == {}
+
+
+def test_umask_decides(store: LocalStore, commit: Commit) -> None:
+    """Permissions are what the process's umask leaves, as for every other file."""
+    before = os.umask(0o027)
+    try:
+        commit(store, 1)
+    finally:
+        os.umask(before)
+    made = [Path(store.path), *Path(store.path).rglob("*")]
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in made}
+    assert modes == {"run": "0o750", ONE: "0o750", "model.safetensors": "0o640", "manifest.json": "0o640"}
+
+
+def every_fault(calls: int) -> Iterator[tuple[int, OSError]]:
+    """An I/O error and a full disk at every system call."""
+    for index in range(calls):
+        yield index, OSError(errno.EIO, os.strerror(errno.EIO))
+        yield index, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_any_failing_system_call_fails_the_save(
+    tmp_path: Path, commit: Commit, contents: Contents, system_calls: Any
+) -> None:
+    """Whichever call fails: an error of the storage, nothing earlier lost, no litter, and no descriptor left open."""
+    store = LocalStore(tmp_path / "run")
+    commit(store, 1, b"old")
+    begin = len(system_calls.trace)
+    commit(store, 2)
+    calls = system_calls.trace[begin:]
+    published = calls.index(("renameat2", "TMP", TWO))
+    for index, error in every_fault(len(calls)):
+        store = LocalStore(tmp_path / f"run {index} {error.errno}")
+        commit(store, 1, b"old")
+        at = len(system_calls.trace) + index
+        system_calls.fault = lambda name, now, at=at, error=error: error if now == at else None
+        files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - of descriptors there are only names
+        with pytest.raises(StorageError, match=error.strerror) as caught:
+            commit(store, 2)
+        system_calls.fault = lambda name, now: None
+        assert isinstance(caught.value, DiskFullError) == (error.errno == errno.ENOSPC), calls[index]
+        assert caught.value.errno == error.errno
+        visible = {ONE: whole(b"old"), **({TWO: whole()} if index > published else {})}
+        assert contents(store) == visible, calls[index]
+        error.__traceback__ = None
+        del caught  # and with it the frames that hold descriptors
+        assert len(os.listdir("/proc/self/fd")) == files, calls[index]  # noqa: PTH208
+        commit(store, 3)
+
+
+def test_a_failed_sync_is_not_tried_again(store: LocalStore, commit: Commit, system_calls: Any) -> None:
+    """Linux reports a lost page once: a second fsync of the descriptor would lie."""
+    lost = OSError(errno.EIO, os.strerror(errno.EIO))
+    system_calls.fault = lambda name, index: (
+        lost if system_calls.trace[-1:] == [("write", "run/TMP/model.safetensors")] else None
+    )
+    with pytest.raises(StorageError, match="Input/output"):
+        commit(store, 1)
+    assert system_calls.only("fsync") == [("fsync", "."), ("fsync", "run/TMP/model.safetensors")]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_every_way_to_be_full(store: LocalStore, commit: Commit, system_calls: Any, code: int) -> None:
+    """No space, no quota, a limit on file sizes: one error, that says what to do."""
+    full = OSError(code, os.strerror(code))
+    system_calls.fault = lambda name, index: full if name == "posix_fallocate" else None
+    with pytest.raises(DiskFullError, match="Free some space") as caught:
+        commit(store, 1)
+    assert caught.value.path is not None
+    assert caught.value.path.endswith("model.safetensors")
+
+
+@pytest.mark.usefixtures("no_renameat2")
+def test_a_file_system_without_renameat2(store: LocalStore, commit: Commit, contents: Contents) -> None:
+    """Commits work, and refuse taken names."""
+    commit(store, 1, b"old")
+    with pytest.raises(CheckpointExistsError):
+        commit(store, 1, b"new")
+    assert contents(store) == {ONE: whole(b"old")}
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_file_system_without_locks(store: LocalStore, commit: Commit, contents: Contents) -> None:
+    """Saving, reading, holding, removing and cleaning work."""
+    store.hold()
+    commit(store, 1)
+    commit(store, 2)
+    assert read(store, ONE) == b"data"
+    assert store.remove(ONE)
+    assert store.clean() == []
+    store.release()
+    assert contents(store) == {TWO: whole()}
+
+
+def test_a_file_system_that_only_writes(
+    store: LocalStore, commit: Commit, contents: Contents, system_calls: Any
+) -> None:
+    """No fallocate, and no fsync of directories."""
+    unsupported = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def fault(name: str, index: int) -> OSError | None:
+        return unsupported if name == "posix_fallocate" else None
+
+    system_calls.fault = fault
+    sync = os.fsync
+
+    def no_directories(fd: int) -> None:
+        if Path(f"/proc/self/fd/{fd}").is_dir():
+            raise unsupported
+        sync(fd)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", no_directories)
+        commit(store, 1)
+    assert contents(store) == {ONE: whole()}
+
+
+def test_two_writers_at_once(store: LocalStore, contents: Contents) -> None:
+    """Their files never meet; the later one finds the name taken."""
+    first = store.create(1)
+    second = LocalStore(store.path).create(1)
+    for pending, data in ((first, b"1"), (second, b"2")):
+        pending.write_file("model.safetensors", [data], 1)
+    first.commit(ONE, b"manifest")
+    with pytest.raises(CheckpointExistsError):
+        second.commit(ONE, b"manifest")
+    second.commit(f"{ONE}.g2", b"manifest")
+    assert contents(store) == {ONE: whole(b"1"), f"{ONE}.g2": whole(b"2")}
+
+
+def test_a_cleaner_between_making_and_locking(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes the unlocked directory of a new writer for abandoned only makes it choose another."""
+    cleaner = LocalStore(store.path)
+    opened, locked = durable.open_directory, durable.lock_exclusive
+    removed: list[str] = []
+
+    def before_open(path: str, parent: durable.Descriptor | None = None) -> durable.Descriptor:
+        monkeypatch.setattr(durable, "open_directory", opened)
+        removed.extend(cleaner.clean())
+        return opened(path, parent)
+
+    def before_lock(descriptor: durable.Descriptor) -> durable.Lock:
+        monkeypatch.setattr(durable, "lock_exclusive", locked)
+        removed.extend(cleaner.clean())
+        return locked(descriptor)
+
+    Path(store.path).mkdir()
+    make = os.mkdir
+
+    def after_mkdir(name: str, **kwargs: Any) -> None:
+        make(name, **kwargs)
+        monkeypatch.setattr(os, "mkdir", make)
+        monkeypatch.setattr(durable, "lock_exclusive", locked)
+        monkeypatch.setattr(durable, "open_directory", before_open)
+
+    monkeypatch.setattr(os, "mkdir", after_mkdir)
+    pending = store.create(1)
+    monkeypatch.setattr(durable, "lock_exclusive", before_lock)
+    other = store.create(2)
+    assert len(removed) == 2
+    pending.commit(ONE, b"manifest")
+    other.commit(TWO, b"manifest")
+    assert sorted(store.names()) == [ONE, TWO]
+
+
+# ---------------------------------------------------------------------------------------------------------- replacing
+
+
+def replaced(store: LocalStore, data: bytes) -> None:
+    """Put a checkpoint in the place of another."""
+    pending = store.create(1)
+    try:
+        pending.write_file("model.safetensors", [data], len(data))
+        pending.replace("best.pt", b"manifest")
+    except BaseException:
+        pending.abort()
+        raise
+
+
+def test_replacing(store: LocalStore, commit: Commit, contents: Contents) -> None:
+    """The new one takes the name, the old one is gone."""
+    commit(store, 1, b"old", name="best.pt")
+    replaced(store, b"new")
+    assert contents(store) == {"best.pt": whole(b"new")}
+
+
+@pytest.mark.usefixtures("no_renameat2")
+def test_replacing_without_exchange(store: LocalStore, commit: Commit, contents: Contents) -> None:
+    """The same where names cannot be swapped."""
+    commit(store, 1, b"old", name="best.pt")
+    replaced(store, b"new")
+    assert contents(store) == {"best.pt": whole(b"new")}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_crash_at_any_call_of_a_replacement(
+    tmp_path: Path,
+    commit: Commit,
+    contents: Contents,
+    system_calls: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    exchange: bool,
+) -> None:
+    """Afterwards the old or the new one is there, whole; it is brought back when it had stepped aside."""
+    if not exchange:
+        monkeypatch.setattr(durable, "_renameat2", lambda *args: False)
+    store = LocalStore(tmp_path / "run")
+    commit(store, 1, b"old", name="best.pt")
+    begin = len(system_calls.trace)
+    replaced(store, b"new")
+    for index in range(len(system_calls.trace) - begin):
+        store = LocalStore(tmp_path / f"run {index}")
+        commit(store, 1, b"old", name="best.pt")
+        at = len(system_calls.trace) + index
+
+        def dead(name: str, now: int, at: int = at) -> OSError | None:
+            return OSError(errno.EIO, "dead") if now >= at else None  # nothing works any more, not even cleaning up
+
+        system_calls.fault = dead
+        with contextlib.suppress(StorageError):
+            replaced(store, b"new")
+        system_calls.fault = lambda name, now: None
+        if "best.pt" not in store.names():
+            assert store.recover("best.pt")
+        assert contents(store)["best.pt"] in (whole(b"old"), whole(b"new")), index
+        store.clean()
+        assert store.names() == ["best.pt"], index
+
+
+@pytest.mark.usefixtures("no_renameat2")
+def test_a_replacement_that_fails_puts_the_old_one_back(
+    store: LocalStore, commit: Commit, contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the old one has to step aside first."""
+    commit(store, 1, b"old", name="best.pt")
+    publish = durable.publish
+
+    def fails(parent: durable.Descriptor, name: str, final: str) -> None:
+        if name.startswith(".tmp"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        publish(parent, name, final)
+
+    monkeypatch.setattr(durable, "publish", fails)
+    with pytest.raises(StorageError, match="Input/output"):
+        replaced(store, b"new")
+    assert contents(store) == {"best.pt": whole(b"old")}
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def test_reading_limits(store: LocalStore, commit: Commit) -> None:
+    """A file longer than it may be is not read."""
+    commit(store, 1)
+    stored = store.open(ONE)
+    assert stored.read_whole("manifest.json", 8) == b"manifest"
+    with pytest.raises(ValueError, match="has 8 bytes, more than the 7"):
+        stored.read_whole("manifest.json", 7)
+    with pytest.raises(FileNotFoundError):
+        stored.read_whole("nothing", 7)
+    assert sorted(stored.names()) == ["manifest.json", "model.safetensors"]
+
+
+def test_reading_past_the_end(store: LocalStore, commit: Commit) -> None:
+    """There are fewer bytes than asked for, and no more."""
+    commit(store, 1)
+    file = store.open(ONE).open_file("model.safetensors")
+    buffer = bytearray(6)
+    assert (file.read_into(2, memoryview(buffer)), bytes(buffer)) == (2, b"ta\0\0\0\0")
+
+
+def test_what_is_not_there(store: LocalStore) -> None:
+    """A store that was never written to is empty, and has nothing to open."""
+    assert store.names() == []
+    assert store.clean() == []
+    with pytest.raises(FileNotFoundError):
+        store.open(ONE)
+
+
+# ----------------------------------------------------------------------------------------------------------- removing
+
+
+def test_order_of_a_removal(store: LocalStore, commit: Commit, contents: Contents, system_calls: Any) -> None:
+    """Out of sight first, durably; then the manifest, so that no half of it looks whole."""
+    commit(store, 1)
+    commit(store, 2)
+    begin = len(system_calls.trace)
+    assert store.remove(ONE)
+    assert system_calls.trace[begin:] == [
+        ("flock", f"run/{ONE}"),
+        ("rename", f"run/{ONE}", f"run/.trash-{ONE}"),
+        ("fsync", "run"),
+        ("unlink", f"run/.trash-{ONE}/manifest.json"),
+        ("unlink", f"run/.trash-{ONE}/model.safetensors"),
+        ("rmdir", f"run/.trash-{ONE}"),
+    ]
+    assert contents(store) == {TWO: whole()}
+
+
+def test_a_removal_that_fails_is_finished_later(
+    tmp_path: Path, commit: Commit, contents: Contents, system_calls: Any
+) -> None:
+    """Whichever call fails, the checkpoint is whole or out of sight, and a cleaning takes the rest."""
+    for index in range(6):
+        store = LocalStore(tmp_path / f"run {index}")
+        commit(store, 1)
+        commit(store, 2)
+        at = len(system_calls.trace) + index
+        lost = OSError(errno.EIO, os.strerror(errno.EIO))
+        system_calls.fault = lambda name, now, at=at, lost=lost: lost if now == at else None
+        with pytest.raises(StorageError, match="Input/output"):
+            store.remove(ONE)
+        system_calls.fault = lambda name, now: None
+        assert contents(store).get(ONE) == (whole() if index < 2 else None)
+        store.clean()
+        assert contents(store) == {TWO: whole(), **({ONE: whole()} if index < 2 else {})}
+
+
+def test_a_reader_keeps_it(store: LocalStore, commit: Commit) -> None:
+    """While somebody reads, nothing is removed; afterwards it is."""
+    commit(store, 1)
+    reader = store.open(ONE)
+    reader.lock()
+    assert not LocalStore(store.path).remove(ONE)
+    assert reader.read_whole("model.safetensors", 10) == b"data"
+    reader.close()
+    assert LocalStore(store.path).remove(ONE)
+    assert not store.remove(ONE)
+
+
+def test_strangers_files_stay(store: LocalStore, commit: Commit, contents: Contents) -> None:
+    """What is not a checkpoint's own is not unlinked, and so its directory stays too, out of sight."""
+    commit(store, 1)
+    (Path(store.path) / ONE / "notes.txt").write_text("mine")
+    store.remove(ONE)
+    ((name, files),) = contents(store).items()
+    assert (name.startswith(".trash-"), files) == (True, {"notes.txt": b"mine"})
+    assert store.clean() == []
+
+
+# ----------------------------------------------------------------------------------------------------------- cleaning
+
+
+WRITER = """
+import sys
+from holdfast.storage.local import LocalStore
+pending = LocalStore(sys.argv[1]).create(5)
+pending.write_file("model.safetensors", [b"data"], 4)
+print("writing", flush=True)
+sys.stdin.readline()
+pending.commit("step-000000000005", b"manifest")
+"""
+
+
+def writer(store: LocalStore) -> subprocess.Popen[str]:
+    """Another process in the middle of a save."""
+    arguments = [sys.executable, "-c", WRITER, store.path]
+    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+def test_a_live_writer_is_left_alone(store: LocalStore, contents: Contents) -> None:
+    """Another process's save under way is not cleaned away, and ends well."""
+    with writer(store) as process:
+        assert store.clean() == []
+        process.communicate("\n")
+    assert contents(store) == {"step-000000000005": whole()}
+
+
+def test_a_dead_writers_rest_is_removed(store: LocalStore, commit: Commit, contents: Contents) -> None:
+    """The kernel gives its lock back when it dies, however it dies."""
+    commit(store, 1)
+    with writer(store) as process:
+        process.kill()
+    (left,) = set(store.names()) - {ONE}
+    assert store.clean() == [left]
+    assert contents(store) == {ONE: whole()}
+
+
+def abandoned(store: LocalStore, name: str, *files: str) -> Path:
+    """A directory as a writer leaves it."""
+    directory = Path(store.path) / name
+    directory.mkdir(parents=True)
+    for file in files or ("model.safetensors",):
+        (directory / file).write_bytes(b"x")
+    return directory
+
+
+def temporary(host: str | None = None, pid: int = 1) -> str:
+    """The temporary name of some writer."""
+    return str(TemporaryName(1, host or host_label(os.uname().nodename), pid, NONCE))
+
+
+def age(directory: Path, seconds: float) -> None:
+    """Let a directory and its files have changed last that long ago."""
+    for path in (*directory.iterdir(), directory):
+        then = path.stat().st_mtime - seconds
+        os.utime(path, (then, then))
+
+
+def test_another_hosts_rest_is_removed_when_it_is_idle(store: LocalStore) -> None:
+    """A lock may not reach from host to host: only after an hour without any change is its writer taken for dead."""
+    name = temporary("elsewhere")
+    directory = abandoned(store, name)
+    assert store.clean() == []
+    age(directory, local.FOREIGN_IDLE_S - 60)
+    assert store.clean() == []
+    age(directory, 120)
+    assert store.clean() == [name]
+    assert store.names() == []
+
+
+def test_another_hosts_writer_shows_life_by_any_file(store: LocalStore) -> None:
+    """A large file that grows for hours keeps its directory, whose own time stands still."""
+    directory = abandoned(store, temporary("elsewhere"), "a.safetensors", "b.safetensors")
+    age(directory, 2 * local.FOREIGN_IDLE_S)
+    (directory / "b.safetensors").write_bytes(b"more")
+    assert store.clean() == []
+    assert directory.exists()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_locks_only_the_provably_dead_go(store: LocalStore) -> None:
+    """A process that is gone on this host; not one that lives, and nobody on another host."""
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    dead = temporary(pid=finished.pid)
+    abandoned(store, dead)
+    abandoned(store, temporary(pid=os.getpid()))
+    age(abandoned(store, temporary("elsewhere")), 2 * local.FOREIGN_IDLE_S)
+    assert store.clean() == [dead]
+    assert len(store.names()) == 2
+
+
+def test_trash_is_removed(store: LocalStore) -> None:
+    """Its removal was decided; unless somebody reads it still."""
+    name = trash_name(ONE, NONCE)
+    directory = abandoned(store, name, "manifest.json", "model.safetensors")
+    with durable.open_directory(str(directory)) as reader:
+        durable.lock_shared(reader)
+        assert store.clean() == []
+    assert store.clean() == [name]
+
+
+def test_one_that_stepped_aside_goes_only_when_it_has_a_successor(store: LocalStore, commit: Commit) -> None:
+    """Without one it is the only copy there is."""
+    name = aside_name("best.pt", NONCE)
+    abandoned(store, name, "manifest.json")
+    assert store.clean() == []
+    assert store.recover("best.pt")
+    assert not store.recover("best.pt")
+    abandoned(store, name, "manifest.json")
+    assert store.clean() == [name]
+    assert store.names() == ["best.pt"]
+
+
+def test_strangers_stay(store: LocalStore, commit: Commit) -> None:
+    """What is not exactly ours by name is not touched, and neither are a stranger's files in what is ours."""
+    root = Path(store.path)
+    commit(store, 1)
+    for name in (".tmp-mine", ".trash", "step-1", ".git", "notes"):
+        (root / name).mkdir()
+    (root / temporary(pid=3)).write_text("a file of that name")
+    (root / temporary(pid=4)).symlink_to("notes")
+    mixed = abandoned(store, temporary(), "model.safetensors", "notes.txt", "manifest.json")
+    (mixed / "x.safetensors").mkdir()
+    before = set(store.names())
+    assert store.clean() == []
+    assert set(store.names()) == before
+    assert {path.name for path in mixed.iterdir()} == {"notes.txt", "x.safetensors"}
+
+
+# ------------------------------------------------------------------------------------------------------------ holding
+
+
+def test_one_writer_holds_a_run(store: LocalStore) -> None:
+    """A second one is told who has it, and gets it when the first lets go."""
+    store.hold()
+    with pytest.raises(RunBusyError, match=f"Process {os.getpid()} is writing this run") as caught:
+        LocalStore(store.path).hold()
+    assert caught.value.path == store.path
+    store.release()
+    store.release()
+    LocalStore(store.path).hold()
+
+
+def test_holding_keeps_nobody_from_reading_or_removing(store: LocalStore, commit: Commit) -> None:
+    """The lock of a run is about writing trainings, not about looking."""
+    commit(store, 1)
+    store.hold()
+    assert read(LocalStore(store.path), ONE) == b"data"
+    store.release()
+
+
+def test_a_lock_that_fails_is_an_error(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An I/O error is not a missing feature."""
+
+    def lost(fd: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", lost)
+    with pytest.raises(StorageError, match="cannot open run"):
+        store.hold()
+
+
+# --------------------------------------------------------------------------------------------------------- annotating
+
+
+def test_annotations_are_replaced_atomically(
+    store: LocalStore, commit: Commit, contents: Contents, system_calls: Any
+) -> None:
+    """Written aside, synced, renamed over, and the directory synced; a failure leaves the old ones and no litter."""
+    commit(store, 1)
+    store.annotate(ONE, b"old")
+    expected = {ONE: {**whole(), "annotations.json": b"old"}}
+    begin = len(system_calls.trace)
+    store.annotate(ONE, b"old")
+    calls = system_calls.trace[begin:]
+    assert [call[0] for call in calls] == ["open", "write", "fsync", "rename", "fsync"]
+    assert calls[-1] == ("fsync", f"run/{ONE}")
+    for index in range(4):
+        at = len(system_calls.trace) + index
+        lost = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        system_calls.fault = lambda name, now, at=at, lost=lost: lost if now == at else None
+        with pytest.raises(DiskFullError, match="cannot annotate"):
+            store.annotate(ONE, b"new")
+        system_calls.fault = lambda name, now: None
+        assert contents(store) == expected
+    store.annotate(ONE, b"new")
+    assert contents(store)[ONE]["annotations.json"] == b"new"

@@ -56,8 +56,9 @@ def main() -> int:
 
         console.rule("[bold]3. What came of it")
         console.print(comparison(expected, actual, options.kills))
-        console.print("\nWhat lies on disk, as [bold]holdfast ls[/] shows it:\n")
-        listed = subprocess.run([sys.executable, "-m", "holdfast", "ls", str(killed)], check=False)
+        console.print(f"\nWhat lies on disk:\n\n[bold]$ holdfast ls {killed} --best val_loss:min[/]", soft_wrap=True)
+        listing = [sys.executable, "-m", "holdfast", "ls", str(killed), "--best", "val_loss:min"]
+        listed = subprocess.run(listing, check=False)
         if listed.returncode != 0:
             return fail(f"holdfast ls ended with exit status {listed.returncode}")
 

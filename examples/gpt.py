@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep=KeepLast(3) | KeepBest("val_loss", "min"),
     ) as ckpt:
         if ckpt.global_step:
-            print(f"resuming after step {ckpt.global_step}, in epoch {ckpt.epoch + 1}", flush=True)
+            print(f"resuming after epoch {ckpt.epoch}, step {ckpt.global_step}", flush=True)
         for epoch in range(ckpt.epoch, options.epochs):
             model.train()
             while ckpt.global_step < (epoch + 1) * options.steps:  # continues within an epoch

@@ -86,8 +86,9 @@ class Checkpointer:
         self._metrics: dict[str, Any] = {}
         self._unsaved = False
         self._saved_at_s = 0.0
-        self._last: SaveHandle | None = None
+        self._last: Checkpoint | None = None
         self._looked_for_forgotten = False
+        self._told_of_no_candidates = False
 
     # ------------------------------------------------------------------------------------------------- where it is
 
@@ -183,7 +184,10 @@ class Checkpointer:
         self._metrics = encoded
         self._unsaved = True
         writer.check()
-        return self._save_if_due("epoch")
+        handle = self._save_if_due("epoch")
+        if handle is None and encoded:
+            self._keep_metrics()
+        return handle
 
     def save(self, metrics: Mapping[str, float] | None = None, *, reason: str = "asked for") -> SaveHandle:
         """Save now, whatever the policy says.
@@ -215,7 +219,7 @@ class Checkpointer:
         writer.check()
         self._unsaved = False
         self._saved_at_s = time.monotonic()
-        checkpoint = handle.result()
+        checkpoint = self._last = handle.result()
         _logger.info(
             "saved %s: step %d, epoch %d, %.1f MB in %.2f s (%s)",
             checkpoint.path,
@@ -226,6 +230,21 @@ class Checkpointer:
             reason,
         )
         return handle
+
+    def _keep_metrics(self) -> None:
+        """Record metrics for which no save was due, where a checkpoint of the very same step can take them."""
+        if self._last is not None and self._last.step == self._step:
+            self._last = self.run.add_metrics(self._last, self._metrics)
+            self._retain(self._last)
+        elif ranking_metrics(self._keep_policy) and not self._told_of_no_candidates:
+            self._told_of_no_candidates = True
+            _logger.warning(
+                "%s: nothing was saved at the end of epoch %d, so its metrics belong to no checkpoint and %s cannot "
+                "choose it. Add Every(epochs=1) to save=.",
+                self.run.path,
+                self._epoch,
+                self._keep_policy,
+            )
 
     def _retain(self, checkpoint: Checkpoint) -> None:
         """Runs after each commit, and only then: nothing goes before its successor is durable."""
@@ -269,7 +288,18 @@ class Checkpointer:
         self._epoch = resumed.checkpoint.epoch
         loop = resumed.checkpoint.manifest.state.get(LOOP_ENTRY, {})
         self._steps_in_epoch = int(loop.get("steps_in_epoch", 0))
-        _logger.info("resumed %s: step %d, epoch %d", self.resumed_from.path, self._step, self._epoch)
+        _logger.info(
+            "resumed %s: step %d, epoch %d%s", self.resumed_from.path, self._step, self._epoch, self._position()
+        )
+
+    def _position(self) -> str:
+        """Where in the epoch the checkpoint was saved, in words; nothing at a border."""
+        if self._steps_in_epoch == 0:
+            return ""
+        return (
+            f", {self._steps_in_epoch} steps into it (unless something in the state knows the position in the data, "
+            "the epoch starts over)"
+        )
 
     def _in_block(self) -> Writer:
         if self._writer is None:

@@ -118,13 +118,23 @@ def new_tensor(record: TensorRecord, device: torch.device | str) -> torch.Tensor
 
 
 def tensor_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The bytes of ``tensor`` in logical order; without a copy where it lies so in the CPU's memory."""
+    """The bytes of ``tensor`` in logical order; without a copy where it lies so in the CPU's memory.
+
+    A block is valid until the next one is asked for.
+    """
     tensor = tensor.detach()
     if _is_flat(tensor):
         yield _flat_bytes(tensor)
         return
+    # One buffer for all blocks: each is written before the next is asked for, and a new one each time would leave the
+    # allocator with several times as much.
+    buffer = torch.empty(0, dtype=tensor.dtype)
     for block in split(tensor, tensor.element_size()):
-        yield _flat_bytes(block.resolve_conj().resolve_neg().contiguous().cpu())
+        if buffer.numel() < block.numel():
+            buffer = torch.empty(block.numel(), dtype=tensor.dtype)
+        target = buffer[: block.numel()].view(block.shape)
+        target.copy_(block)
+        yield _flat_bytes(target)
 
 
 def array_blocks(array: np.ndarray[Any, Any]) -> Iterator[memoryview]:

@@ -41,7 +41,7 @@ def restore_state(
         StateMismatchError: the structures differ (``strict``), or nothing matches at all. Nothing was touched.
         CorruptCheckpointError: damage was found while reading. Live tensors may hold a mixture: restore another one.
     """
-    plan = _Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, state))
+    plan = _Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, state), strict)
     for entry, live in state.items():
         _plan_entry(plan, state, entry, live)
     if generators and RNG_ENTRY in checkpoint.manifest.state:
@@ -93,6 +93,7 @@ class _Plan:
     checkpoint: Checkpoint
     names: ParameterNames
     optimizers: set[int]
+    strict: bool
     copies: list[tuple[SavedTensor | SavedArray, Any]] = field(default_factory=list)
     actions: list[tuple[int, Callable[[], object]]] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
@@ -255,9 +256,12 @@ def _plan_mapping(plan: _Plan, saved: Mapping[Any, Any], live: MutableMapping[An
             _plan_value(plan, item, live[key], where, assign)
         else:
             _plan_plain(plan, item, None, where, assign)
-    for key, item in live.items():
-        if key not in saved and _is_structure(item):
+    for key in [key for key in live if key not in saved]:
+        if _is_structure(live[key]):
             plan.findings.missing.append(tree.child(path, key))
+        elif plan.strict:  # a value that was not there when it was saved: the restored container has it neither
+            plan.findings.notes.append(f"{tree.child(path, key)} was not there when this was saved, and was removed")
+            plan.install(0, lambda key=key: live.pop(key))  # type: ignore[misc]  # mypy knows no default of a lambda
 
 
 def _plan_sequence(plan: _Plan, saved: Any, live: Any, path: str, assign: Callable[[Any], None]) -> None:
@@ -291,6 +295,9 @@ def _plan_plain(plan: _Plan, saved: Any, live: Any, path: str, assign: Callable[
         elif type(live) is type(value) and isinstance(live, (set, dict)):
             live.clear()
             live.update(value)
+        elif isinstance(live, deque) and isinstance(value, deque) and live.maxlen == value.maxlen:
+            live.clear()
+            live.extend(value)
         elif value is not live:
             assign(value)
 

@@ -180,13 +180,13 @@ def _read_tutorial_file(path: str | os.PathLike[str], device: torch.device) -> M
         raise UsageError(
             f"{os.fspath(path)} holds pickled objects beside tensors and plain values, and unpickling them can run any "
             "code. It was not read. Save it again as state dictionaries where you trust it, or convert it there with "
-            f"torch.load(path, weights_only=False). The refusal was: {str(error).splitlines()[0]}",
+            f"torch.load(path, weights_only=False). The refusal was: {_first_line(error)}",
             path=path,
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UsageError(
             f"{os.fspath(path)} is not a checkpoint: neither a directory of Holdfast nor a file of torch.save "
-            f"({str(error).splitlines()[0]}).",
+            f"({_first_line(error)}).",
             path=path,
         ) from error
     if not isinstance(loaded, Mapping):
@@ -194,6 +194,10 @@ def _read_tutorial_file(path: str | os.PathLike[str], device: torch.device) -> M
             f"{os.fspath(path)}: expected the tutorial's dictionary, found {type(loaded).__qualname__}.", path=path
         )
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _install_dictionaries(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -283,29 +283,6 @@ def test_loading_imports_nothing(saved: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- real disks
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system in memory: ``mount("size=64k")``."""
-    mounted: list[Path] = []
-
-    def make(options: str) -> Path:
-        path = tmp_path / f"mounted{len(mounted)}"
-        path.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            pytest.skip("there is no mount command here")
-        if done.returncode != 0:
-            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-        mounted.append(path)
-        return path
-
-    yield make
-    for path in mounted:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 def state_of(nbytes: int) -> dict[str, Any]:

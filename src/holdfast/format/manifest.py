@@ -1,4 +1,8 @@
-"""The manifest: what a checkpoint holds, where each byte of it lies, and what those bytes must be."""
+"""The manifest: what a checkpoint holds, where each byte of it lies, and what those bytes must be.
+
+Records of tensors and pieces stay out of the garbage collector (``gc=False``): they hold nothing that could refer back,
+and there are many.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ _ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _SUPPORTED_BY = {FORMAT: "0.1"}
 
 
-class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """A box of a tensor, stored in one file.
 
     Attributes:
@@ -46,7 +50,7 @@ class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     offset: tuple[int, ...] = ()
 
 
-class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """One tensor or array: what it is and of which pieces it is made.
 
     Attributes:
@@ -201,10 +205,12 @@ def _check(manifest: Manifest) -> None:
     for entry, tensors in manifest.tensors.items():
         _require(entry.startswith("_") or is_entry_name(entry), f"{entry!r} is not the name of an entry")
         for name, record in tensors.items():
-            _check_tensor(f"{entry}/{name}", record, manifest.files)
+            problem = _tensor_problem(record, manifest.files)
+            if problem is not None:
+                raise ValueError(f"{entry}/{name}: {problem}")
     for entry, aliases in manifest.aliases.items():
+        known = manifest.tensors.get(entry, {})
         for alias, name in aliases.items():
-            known = manifest.tensors.get(entry, {})
             _require(name in known and alias not in known, f"{entry}/{alias} is an alias of no tensor")
 
 
@@ -229,33 +235,54 @@ def _check_file(name: str, file: FileRecord) -> None:
     _require(all(map(_ID.fullmatch, file.xxh3_128)), f"{name}: a checksum is not 32 hex digits")
 
 
-def _check_tensor(where: str, record: TensorRecord, files: Mapping[str, FileRecord]) -> None:
+def _tensor_problem(record: TensorRecord, files: Mapping[str, FileRecord]) -> str | None:
+    """What is wrong with a tensor's record.
+
+    Says so in words only where something is: a run of a thousand checkpoints has half a million tensors to be listed.
+    """
+    shape = record.shape
     dtype = DTYPES.get(record.dtype)
-    _require(dtype is not None, f"{where}: unknown dtype {record.dtype!r}")
-    _require(is_shape(record.shape), f"{where}: impossible shape {record.shape}")
-    _require(record.memory_format in _MEMORY_FORMATS, f"{where}: unknown memory format {record.memory_format!r}")
-    dimensions = _MEMORY_FORMATS[record.memory_format]
-    _require(dimensions in (None, len(record.shape)), f"{where}: {record.memory_format} of shape {record.shape}")
-    _require(len(record.pieces) > 0, f"{where}: has no pieces")
-    assert dtype is not None
+    if dtype is None:
+        return f"unknown dtype {record.dtype!r}"
+    if not is_shape(shape):
+        return f"impossible shape {shape}"
+    if record.memory_format not in _MEMORY_FORMATS:
+        return f"unknown memory format {record.memory_format!r}"
+    if _MEMORY_FORMATS[record.memory_format] not in (None, len(shape)):
+        return f"{record.memory_format} of shape {shape}"
+    if not record.pieces:
+        return "has no pieces"
+    for piece in record.pieces:
+        if piece.file not in files:
+            return f"lies in {piece.file!r}, which the manifest does not list"
+        end = piece.begin + math.prod(piece.shape) * dtype.itemsize
+        if piece.begin < 0 or end > files[piece.file].bytes:
+            return f"lies outside {piece.file}"
+    first = record.pieces[0]
+    if len(record.pieces) == 1 and first.shape == shape and not first.offset:
+        return None
+    return _pieces_problem(record)
+
+
+def _pieces_problem(record: TensorRecord) -> str | None:
+    """Why the pieces do not make up the whole, each element once."""
     for piece in record.pieces:
         offset = piece.offset or (0,) * len(record.shape)
-        _require(
+        within = (
             is_shape(piece.shape)
             and len(piece.shape) == len(offset) == len(record.shape)
             and all(
                 start >= 0 and start + size <= whole
                 for start, size, whole in zip(offset, piece.shape, record.shape, strict=True)
-            ),
-            f"{where}: a piece of shape {piece.shape} at {offset} is not within {record.shape}",
+            )
         )
-        _require(piece.file in files, f"{where}: lies in {piece.file!r}, which the manifest does not list")
-        end = piece.begin + math.prod(piece.shape) * dtype.itemsize
-        _require(piece.begin >= 0 and end <= files[piece.file].bytes, f"{where}: lies outside {piece.file}")
+        if not within:
+            return f"a piece of shape {piece.shape} at {offset} is not within {record.shape}"
     covered = sum(math.prod(piece.shape) for piece in record.pieces)
-    _require(covered == math.prod(record.shape), f"{where}: its pieces cover {covered} elements of {record.shape}")
+    if covered != math.prod(record.shape):
+        return f"its pieces cover {covered} elements of {record.shape}"
     # Of the right volume and without an overlap, they leave no hole either.
-    _require(not _overlap(record.pieces), f"{where}: its pieces overlap")
+    return "its pieces overlap" if _overlap(record.pieces) else None
 
 
 def _overlap(pieces: Sequence[Piece]) -> bool:
@@ -272,11 +299,14 @@ def _overlap(pieces: Sequence[Piece]) -> bool:
 
 def is_shape(shape: tuple[Any, ...]) -> bool:
     """Whether arrays of ``shape`` can be: numpy and torch compute strides as if no size were zero."""
-    return (
-        len(shape) <= MAX_DIMENSIONS
-        and all(type(size) is int and size >= 0 for size in shape)
-        and math.prod(max(size, 1) for size in shape) <= _MAX_ELEMENTS
-    )
+    if len(shape) > MAX_DIMENSIONS:
+        return False
+    elements = 1
+    for size in shape:
+        if type(size) is not int or size < 0:
+            return False
+        elements *= size or 1
+    return elements <= _MAX_ELEMENTS
 
 
 def _require(holds: bool, otherwise: str) -> None:

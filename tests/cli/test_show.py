@@ -1,0 +1,74 @@
+"""``holdfast show``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from holdfast import Checkpointer, Every, KeepLast, Run
+
+Command = Callable[..., Any]
+
+
+def test_what_it_shows(run: Run, holdfast_cli: Command) -> None:
+    """The state tree with shapes and types, tied names, files and versions; text as it was saved."""
+    answer = holdfast_cli("show", run[30].path)
+    assert answer.code == 0
+    for text in (
+        "first.weight: float32 [2, 2]",
+        "second.weight: float32 [2, 2] = model/first.weight",
+        "history: [0.5, 0.25]",
+        "note: '[red]x'",
+        "loss=0.25",
+        "[bold]step 30",
+        "model.safetensors (",
+        "holdfast=",
+        "torch=2.",
+        run[30].checkpoint_id,
+    ):
+        assert text in answer.out, text
+
+
+def test_lineage(tmp_path: Path, holdfast_cli: Command) -> None:
+    """The checkpoint that its process had resumed from, by name."""
+    for _ in range(2):
+        with Checkpointer(tmp_path, {"x": 1}, save=Every(steps=1), keep=KeepLast(9)) as ckpt:
+            ckpt.step()
+    first, second = Run(tmp_path)
+    assert "saved by a process that started anew" in holdfast_cli("show", first.path).out
+    assert f"{first.checkpoint_id} (step-000000000001)" in holdfast_cli("show", second.path).out
+
+
+def test_the_newest_of_a_run(run: Run, holdfast_cli: Command) -> None:
+    """A run stands for its newest checkpoint."""
+    assert holdfast_cli("show", run.path).out == holdfast_cli("show", run[30].path).out
+
+
+def test_json(run: Run, holdfast_cli: Command) -> None:
+    """Everything, in one object."""
+    answer = holdfast_cli("show", run[30].path, "--json").json
+    assert list(answer)[-4:] == ["environment", "files", "tensors", "state"]
+    assert answer["step"] == 30
+    assert answer["tensors"] == {
+        "model/first.weight": {"dtype": "float32", "shape": [2, 2], "bytes": 16, "alias_of": None},
+        "model/second.weight": {"dtype": "float32", "shape": [2, 2], "bytes": 16, "alias_of": "model/first.weight"},
+    }
+    assert answer["state"]["data"] == {"history": [0.5, 0.25], "note": "[red]x"}
+    assert list(answer["files"]) == ["model.safetensors"]
+    assert answer["environment"]["world_size"] == 1
+
+
+def test_damage(damaged: Run, holdfast_cli: Command) -> None:
+    """It says what is damaged."""
+    answer = holdfast_cli("show", Path(damaged.path, "step-000000000030"))
+    assert (answer.code, answer.out) == (2, "")
+    assert "model.safetensors" in answer.err
+
+
+def test_nothing(tmp_path: Path, holdfast_cli: Command) -> None:
+    """A path without a checkpoint is used wrongly."""
+    for path in (tmp_path / "nothing", tmp_path):
+        answer = holdfast_cli("show", path)
+        assert (answer.code, answer.out) == (2, "")
+        assert str(path) in answer.err

@@ -284,7 +284,10 @@ def test_meta_tensors(saved: Path) -> None:
 
 
 class Draws:
-    """An object whose loading draws random numbers."""
+    """An object whose loading draws random numbers, from the global generators and from one of the state."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
 
     def state_dict(self) -> dict[str, int]:
         """Nothing much."""
@@ -295,13 +298,14 @@ class Draws:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Draw."""
         torch.rand(1)
+        torch.rand(1, generator=self.generator)
         np.random.rand()
 
 
 def test_generators_come_last(tmp_path: Path) -> None:
     """Whatever drew while objects were restored, the generators go on from where they were saved."""
     generator = torch.Generator().manual_seed(1)
-    state = {"generator": generator, "draws": Draws()}
+    state = {"generator": generator, "draws": Draws(generator)}
     holdfast.save(tmp_path / "x", state)
     expected = (torch.rand(3).tolist(), np.random.rand(3).tolist(), torch.rand(3, generator=generator).tolist())
     holdfast.restore(tmp_path / "x", state)

@@ -289,3 +289,12 @@ def test_looking_needs_no_torch(tmp_path: Path) -> None:
         "[1, 2] 2 1 1",
         "False",
     ]
+
+
+def test_a_manifest_damaged_since_it_was_opened(saved: Path) -> None:
+    """It is damage, not another checkpoint."""
+    checkpoint = holdfast.open(saved)
+    manifest = saved / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"step":12', b'"step":13'))
+    with pytest.raises(CorruptCheckpointError, match=r"manifest\.json: checksum mismatch"):
+        checkpoint.verify()

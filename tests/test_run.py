@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 import holdfast
 from holdfast import Checkpoint, KeepBest, KeepEvery, KeepLast, Run
-from holdfast.errors import CheckpointNotFoundError, StorageError, UsageError
+from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError, UsageError
+from holdfast.format import envelope
+from holdfast.format import manifest as manifests
 from holdfast.storage.local import LocalStore
 
 
@@ -319,3 +322,30 @@ def test_nothing_is_remembered(tmp_path: Path) -> None:
     assert names(run) == ["1", "2"]
     LocalStore(other.path).remove("step-000000000001")
     assert names(run) == ["2"]
+
+
+def test_a_listing_does_not_look_into_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps, metrics, sizes and retention need no record of a tensor, so a run of thousands is listed at once."""
+    run = run_of(tmp_path, 1, 2, losses=(0.5, 0.25))
+    monkeypatch.setattr(manifests, "decode", lambda *_: pytest.fail("looked into the tensors"))
+    assert [(c.step, c.epoch, c.metrics, c.reason, c.pinned) for c in run] == [
+        (1, 0, {"loss": 0.5}, "save", False),
+        (2, 0, {"loss": 0.25}, "save", False),
+    ]
+    assert names(run.prune(KeepLast(1)).removed) == ["1"]
+
+
+def test_records_that_cannot_be(tmp_path: Path) -> None:
+    """Sealed by somebody who knows the checksum: not the newest, and refused by name when its tensors are asked for."""
+    run = run_of(tmp_path, 1, 2)
+    file = Path(run[2].path, "manifest.json")
+    inner = msgspec.json.decode(envelope.unseal("manifest", file.read_bytes()))
+    inner["tensors"]["w"]["w"]["shape"] = [-1]
+    file.write_bytes(envelope.seal("manifest", msgspec.json.encode(inner)))
+    assert run.latest().step == 1
+    assert [item.name.step for item in run.broken()] == [2]
+    listed = list(run)[-1]
+    with pytest.raises(CorruptCheckpointError, match="w/w: impossible shape"):
+        listed.verify()
+    with pytest.raises(CorruptCheckpointError, match="w/w: impossible shape"):
+        holdfast.restore(listed, {"w": torch.tensor(0.0)})

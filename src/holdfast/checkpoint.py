@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import math
 import os
 import warnings
@@ -24,7 +25,7 @@ from holdfast.errors import (
 from holdfast.format import manifest as manifests
 from holdfast.format import safetensors, tree
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import Annotations, Manifest, Piece, TensorRecord
+from holdfast.format.manifest import Annotations, Head, Manifest, Piece, TensorRecord
 from holdfast.format.names import ANNOTATIONS, MANIFEST, CheckpointName, is_auxiliary
 from holdfast.storage.chunks import read_chunks
 from holdfast.storage.local import LocalStore
@@ -58,9 +59,10 @@ class Checkpoint:
     when it was opened; reading fails with ``CheckpointNotFoundError`` when the checkpoint has been removed since.
     """
 
-    def __init__(self, store: Store, name: str, manifest: Manifest, annotations: Annotations) -> None:
+    def __init__(self, store: Store, name: str, head: Head, annotations: Annotations, data: bytes) -> None:
         self._store = store
-        self._manifest = manifest
+        self._head = head
+        self._data = data  # the manifest's bytes, whose long parts are decoded when somebody asks for them
         self._annotations = annotations
         self.name = name
 
@@ -77,12 +79,12 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Optimizer steps done when it was saved."""
-        return self._manifest.step
+        return self._head.step
 
     @property
     def epoch(self) -> int:
         """The epoch in which training continues from here."""
-        return self._manifest.epoch
+        return self._head.epoch
 
     @property
     def generation(self) -> int:
@@ -93,38 +95,38 @@ class Checkpoint:
     @property
     def metrics(self) -> dict[str, Any]:
         """What was measured of this state, at the save or later."""
-        decoded = tree.decode({**self._manifest.metrics, **self._annotations.metrics}, tree.OpaqueLeaves())
+        decoded = tree.decode({**self._head.metrics, **self._annotations.metrics}, tree.OpaqueLeaves())
         return dict(decoded)
 
     @property
     def created_at(self) -> datetime.datetime:
         """When it was saved, in UTC."""
-        return datetime.datetime.fromisoformat(self._manifest.created_at)
+        return datetime.datetime.fromisoformat(self._head.created_at)
 
     @property
     def reason(self) -> str:
         """Why it was saved, in words."""
-        return self._manifest.reason
+        return self._head.reason
 
     @property
     def checkpoint_id(self) -> str:
         """Its own id, 32 hex digits."""
-        return self._manifest.checkpoint_id
+        return self._head.checkpoint_id
 
     @property
     def run_id(self) -> str:
         """The id of the run that it belongs to."""
-        return self._manifest.run_id
+        return self._head.run_id
 
     @property
     def parent(self) -> str | None:
         """The id of the checkpoint from which the process that saved it had resumed; None when it started anew."""
-        return self._manifest.parent
+        return self._head.parent
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions and world size at the save."""
-        return dict(self._manifest.environment)
+        return dict(self._head.environment)
 
     @property
     def pinned(self) -> bool:
@@ -139,12 +141,13 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of its data files."""
-        return self._manifest.nbytes
+        return sum(record.bytes for record in self._head.files.values())
 
-    @property
+    @functools.cached_property
     def manifest(self) -> Manifest:
-        """The whole manifest."""
-        return self._manifest
+        """The whole manifest; CorruptCheckpointError when it is not what a manifest has to be."""
+        with self._decoding():
+            return manifests.decode(self._data, os.path.join(self.path, MANIFEST))
 
     @property
     def annotations(self) -> Annotations:
@@ -155,10 +158,10 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor by ``entry/name``, tied ones included."""
         found = {}
-        for entry, records in self._manifest.tensors.items():
+        for entry, records in self.manifest.tensors.items():
             for name, record in records.items():
                 found[f"{entry}/{name}"] = TensorInfo(record.dtype, record.shape, record.nbytes)
-            for alias, name in self._manifest.aliases.get(entry, {}).items():
+            for alias, name in self.manifest.aliases.get(entry, {}).items():
                 record = records[name]
                 found[f"{entry}/{alias}"] = TensorInfo(record.dtype, record.shape, record.nbytes, f"{entry}/{name}")
         return found
@@ -168,7 +171,7 @@ class Checkpoint:
         with self._decoding():
             return {
                 entry: tree.decode(node, tree.OpaqueLeaves())
-                for entry, node in self._manifest.state.items()
+                for entry, node in self.manifest.state.items()
                 if not entry.startswith("_")
             }
 
@@ -187,7 +190,7 @@ class Checkpoint:
         """
         entry, _, tensor = name.partition("/")
         try:
-            record = self._manifest.record(entry, tensor)
+            record = self.manifest.record(entry, tensor)
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {name!r}; its names are in .tensors") from None
         numpy_name = DTYPES[record.dtype].numpy
@@ -212,10 +215,10 @@ class Checkpoint:
             CorruptCheckpointError: names file, chunk and tensors.
             CheckpointNotFoundError: the checkpoint was removed since it was opened.
         """
-        by_file: dict[str, list[Read]] = {name: [] for name in self._manifest.files} if whole else {}
+        by_file: dict[str, list[Read]] = {name: [] for name in self.manifest.files} if whole else {}
         for label, piece, sink in wanted:
             entry, _, name = label.partition("/")
-            itemsize = DTYPES[self._manifest.record(entry, name).dtype].itemsize
+            itemsize = DTYPES[self.manifest.record(entry, name).dtype].itemsize
             span = Span(label, piece.begin, math.prod(piece.shape) * itemsize)
             by_file.setdefault(piece.file, []).append(Read(span, sink))
         if not by_file:
@@ -223,11 +226,11 @@ class Checkpoint:
         spans = self._spans()
         with self._opened() as stored:
             for file_name, reads in by_file.items():
-                damage = _unreadable(stored, self._manifest, file_name)
+                damage = _unreadable(stored, self.manifest, file_name)
                 if not damage:
                     file = stored.open_file(file_name)
                     try:
-                        record = self._manifest.files[file_name]
+                        record = self.manifest.files[file_name]
                         damage = scatter(file, file_name, record, reads, spans[file_name], whole=whole)
                     finally:
                         file.close()
@@ -247,10 +250,10 @@ class Checkpoint:
         damage = []
         spans = self._spans()
         with self._opened() as stored:
-            damage += _structure_damage(stored, self._manifest)
+            damage += _structure_damage(stored, self.manifest)
             damage += _annotations_damage(stored)
             missing = {item.file for item in damage}
-            for name in self._manifest.files:
+            for name in self.manifest.files:
                 if name not in missing:
                     damage += self._verify_file(stored, name, spans[name], progress)
         if damage:
@@ -259,7 +262,7 @@ class Checkpoint:
     def _verify_file(
         self, stored: StoredCheckpoint, name: str, spans: Sequence[Span], progress: Progress | None
     ) -> list[Damage]:
-        record = self._manifest.files[name]
+        record = self.manifest.files[name]
         damage = []
         file = stored.open_file(name)
         try:
@@ -269,14 +272,14 @@ class Checkpoint:
                 if progress is not None:
                     progress(min(record.chunk_bytes, record.bytes - index * record.chunk_bytes))
             if not damage:
-                damage += _header_damage(file, name, self._manifest)
+                damage += _header_damage(file, name, self.manifest)
         finally:
             file.close()
         return damage
 
     def _spans(self) -> dict[str, list[Span]]:
-        spans: dict[str, list[Span]] = {name: [] for name in self._manifest.files}
-        for entry, records in self._manifest.tensors.items():
+        spans: dict[str, list[Span]] = {name: [] for name in self.manifest.files}
+        for entry, records in self.manifest.tensors.items():
             for name, record in records.items():
                 itemsize = DTYPES[record.dtype].itemsize
                 for piece in record.pieces:
@@ -292,7 +295,8 @@ class Checkpoint:
             try:
                 stored.lock()
                 current = _read_manifest(stored)
-                if current.checkpoint_id != self.checkpoint_id:
+                if current != self._data:
+                    _decode_head(current, self.path)  # raises where the manifest was damaged meanwhile
                     raise CheckpointNotFoundError(
                         f"{self.path} is another checkpoint now than when it was opened; open it again.", path=self.path
                     )
@@ -308,8 +312,14 @@ class Checkpoint:
             raise CorruptCheckpointError.at(self.path, [Damage(MANIFEST, str(error))], self.step) from error
 
 
-def open_checkpoint(store: Store, name: str) -> Checkpoint:
+def open_checkpoint(store: Store, name: str, *, whole: bool = True) -> Checkpoint:
     """The checkpoint called ``name``: its manifest validated, its files all there and of the right sizes.
+
+    Args:
+        store: where it is.
+        name: what it is called.
+        whole: validate also the records of its tensors. Otherwise that is done when they are asked for, which lets a
+            run of a thousand checkpoints be listed at once; the manifest's checksum is compared in any case.
 
     Raises:
         CheckpointNotFoundError: there is none.
@@ -320,11 +330,14 @@ def open_checkpoint(store: Store, name: str) -> Checkpoint:
     with _reading(path):
         stored = store.open(name)
         try:
-            manifest = _read_manifest(stored)
-            damage = _structure_damage(stored, manifest)
-            if damage:
-                raise CorruptCheckpointError.at(path, damage, manifest.step)
-            return Checkpoint(store, name, manifest, _read_annotations(stored))
+            data = _read_manifest(stored)
+            head = _decode_head(data, path)
+            checkpoint = Checkpoint(store, name, head, _read_annotations(stored), data)
+            if whole or _structure_damage(stored, head):
+                damage = _structure_damage(stored, checkpoint.manifest)  # names the tensors too
+                if damage:
+                    raise CorruptCheckpointError.at(path, damage, head.step)
+            return checkpoint
         finally:
             stored.close()
 
@@ -370,16 +383,22 @@ def _why_not_found(path: str) -> str:
     return f"{path} has no {MANIFEST}: it is not a checkpoint."
 
 
-def _read_manifest(stored: StoredCheckpoint) -> Manifest:
+def _read_manifest(stored: StoredCheckpoint) -> bytes:
     try:
-        data = stored.read_whole(MANIFEST, manifests.MAX_MANIFEST_BYTES)
-        return manifests.decode(data, os.path.join(stored.path, MANIFEST))
+        return stored.read_whole(MANIFEST, manifests.MAX_MANIFEST_BYTES)
     except CorruptCheckpointError:
         raise
     except ValueError as error:
-        if isinstance(error, FormatVersionError):
-            raise
         raise CorruptCheckpointError.at(stored.path, [Damage(MANIFEST, str(error))]) from error
+
+
+def _decode_head(data: bytes, path: str) -> Head:
+    try:
+        return manifests.decode_head(data, os.path.join(path, MANIFEST))
+    except FormatVersionError:
+        raise
+    except ValueError as error:
+        raise CorruptCheckpointError.at(path, [Damage(MANIFEST, str(error))]) from error
 
 
 def _read_annotations(stored: StoredCheckpoint) -> Annotations:
@@ -403,7 +422,7 @@ def _annotations_damage(stored: StoredCheckpoint) -> list[Damage]:
     return []
 
 
-def _structure_damage(stored: StoredCheckpoint, manifest: Manifest) -> list[Damage]:
+def _structure_damage(stored: StoredCheckpoint, manifest: Manifest | Head) -> list[Damage]:
     """Files that are missing, of another size, or not part of the checkpoint."""
     damage = []
     present = set(stored.names())
@@ -413,7 +432,7 @@ def _structure_damage(stored: StoredCheckpoint, manifest: Manifest) -> list[Dama
     return damage + [Damage(name, "is not part of the checkpoint") for name in strangers]
 
 
-def _unreadable(stored: StoredCheckpoint, manifest: Manifest, name: str) -> list[Damage]:
+def _unreadable(stored: StoredCheckpoint, manifest: Manifest | Head, name: str) -> list[Damage]:
     """Why a data file cannot be what was written, as far as a look at its size tells."""
     try:
         file = stored.open_file(name)
@@ -429,7 +448,9 @@ def _unreadable(stored: StoredCheckpoint, manifest: Manifest, name: str) -> list
     return [Damage(name, f"has {nbytes} bytes, expected {expected}", tensors=_tensors_in(manifest, name))]
 
 
-def _tensors_in(manifest: Manifest, file: str) -> tuple[str, ...]:
+def _tensors_in(manifest: Manifest | Head, file: str) -> tuple[str, ...]:
+    if isinstance(manifest, Head):
+        return ()
     return tuple(
         f"{entry}/{name}"
         for entry, records in manifest.tensors.items()

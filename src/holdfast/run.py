@@ -91,8 +91,8 @@ class Run:
         return f"Run({self.path!r})"
 
     def __iter__(self) -> Iterator[Checkpoint]:
-        """The intact checkpoints, oldest first."""
-        for _, found in self._look(self.names()):
+        """The intact checkpoints, oldest first; records of tensors are not looked into until they are asked for."""
+        for _, found in self._look(self.names(), whole=False):
             if isinstance(found, Checkpoint):
                 yield found
 
@@ -143,8 +143,8 @@ class Run:
         return [found for _, found in self._look(self.names()) if isinstance(found, Broken)]
 
     def entries(self) -> list[Checkpoint | Broken]:
-        """Everything under checkpoints' names, oldest first, in one look."""
-        return [found for _, found in self._look(self.names())]
+        """Everything under checkpoints' names, oldest first, in one look; records of tensors are not looked into."""
+        return [found for _, found in self._look(self.names(), whole=False)]
 
     def save(
         self,
@@ -223,10 +223,12 @@ class Run:
             yield str(CheckpointName(step, generation))
             generation += 1
 
-    def _look(self, names: Iterable[CheckpointName]) -> Iterator[tuple[CheckpointName, Checkpoint | Broken]]:
+    def _look(
+        self, names: Iterable[CheckpointName], *, whole: bool = True
+    ) -> Iterator[tuple[CheckpointName, Checkpoint | Broken]]:
         for name in names:
             try:
-                yield name, open_checkpoint(self.store, str(name))
+                yield name, open_checkpoint(self.store, str(name), whole=whole)
             except CheckpointNotFoundError as error:
                 # Removed since the directory was listed, or a directory without a manifest.
                 if os.path.lexists(os.path.join(self.path, str(name))):

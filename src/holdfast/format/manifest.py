@@ -110,6 +110,28 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sum(record.bytes for record in self.files.values())
 
 
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A manifest whose long parts are not looked into: enough to list a run and to decide what stays.
+
+    The fields and their order are those of :class:`Manifest`.
+    """
+
+    format: str
+    checkpoint_id: str
+    run_id: str
+    parent: str | None
+    step: int
+    epoch: int
+    created_at: str
+    reason: str
+    metrics: dict[str, Any]
+    state: msgspec.Raw
+    tensors: msgspec.Raw
+    aliases: msgspec.Raw
+    files: dict[str, FileRecord]
+    environment: dict[str, Any]
+
+
 class Annotations(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What was learned of a checkpoint after it was made. Losing it loses no state."""
 
@@ -151,6 +173,20 @@ def decode(data: bytes, path: str) -> Manifest:
     return manifest
 
 
+def decode_head(data: bytes, path: str) -> Head:
+    """The head of the manifest in ``data``, checked as :func:`decode` does but for what it leaves out."""
+    inner = envelope.unseal("manifest", data)
+    try:
+        head = strict_json.decode(inner, Head)
+    except ValueError:
+        _check_version(inner, path)  # another version may have other fields, and says so better
+        raise
+    if head.format != FORMAT:
+        _check_version(inner, path)
+    _check_head(head)
+    return head
+
+
 def encode_annotations(annotations: Annotations) -> bytes:
     """The bytes of ``annotations.json``."""
     return envelope.seal("annotations", msgspec.json.encode(annotations))
@@ -188,6 +224,21 @@ def _version(inner: bytes) -> str:
 
 def _check(manifest: Manifest) -> None:
     """Refuse whatever the types alone do not."""
+    _check_head(manifest)
+    _require(set(manifest.state) == set(manifest.tensors), "state and tensors name different entries")
+    for entry, tensors in manifest.tensors.items():
+        _require(entry.startswith("_") or is_entry_name(entry), f"{entry!r} is not the name of an entry")
+        for name, record in tensors.items():
+            problem = _tensor_problem(record, manifest.files)
+            if problem is not None:
+                raise ValueError(f"{entry}/{name}: {problem}")
+    for entry, aliases in manifest.aliases.items():
+        known = manifest.tensors.get(entry, {})
+        for alias, name in aliases.items():
+            _require(name in known and alias not in known, f"{entry}/{alias} is an alias of no tensor")
+
+
+def _check_head(manifest: Manifest | Head) -> None:
     _require(0 <= manifest.step <= MAX_STEP, f"step {manifest.step} is out of range")
     _require(0 <= manifest.epoch <= MAX_STEP, f"epoch {manifest.epoch} is out of range")
     for name, value in (
@@ -201,17 +252,6 @@ def _check(manifest: Manifest) -> None:
     for name, file in manifest.files.items():
         _require(is_data_file_name(name), f"{name!r} is not the name of a data file")
         _check_file(name, file)
-    _require(set(manifest.state) == set(manifest.tensors), "state and tensors name different entries")
-    for entry, tensors in manifest.tensors.items():
-        _require(entry.startswith("_") or is_entry_name(entry), f"{entry!r} is not the name of an entry")
-        for name, record in tensors.items():
-            problem = _tensor_problem(record, manifest.files)
-            if problem is not None:
-                raise ValueError(f"{entry}/{name}: {problem}")
-    for entry, aliases in manifest.aliases.items():
-        known = manifest.tensors.get(entry, {})
-        for alias, name in aliases.items():
-            _require(name in known and alias not in known, f"{entry}/{alias} is an alias of no tensor")
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:

@@ -403,23 +403,27 @@ def _decode_head(data: bytes, path: str) -> Head:
 
 def _read_annotations(stored: StoredCheckpoint) -> Annotations:
     """The annotations; none where there are none, and none, with a warning, where they are broken: no state is lost."""
-    for damage in _annotations_damage(stored):
-        warnings.warn(f"{stored.path}: {damage}; its later metrics, pin and tags are not known.", stacklevel=2)
-        return Annotations()
     try:
-        return manifests.decode_annotations(stored.read_whole(ANNOTATIONS, manifests.MAX_ANNOTATIONS_BYTES))
-    except FileNotFoundError:
+        return _decode_annotations(stored)
+    except ValueError as error:
+        damage = Damage(ANNOTATIONS, str(error))
+        warnings.warn(f"{stored.path}: {damage}; its later metrics, pin and tags are not known.", stacklevel=2)
         return Annotations()
 
 
 def _annotations_damage(stored: StoredCheckpoint) -> list[Damage]:
     try:
-        manifests.decode_annotations(stored.read_whole(ANNOTATIONS, manifests.MAX_ANNOTATIONS_BYTES))
-    except FileNotFoundError:
-        return []
+        _decode_annotations(stored)
     except ValueError as error:
         return [Damage(ANNOTATIONS, str(error))]
     return []
+
+
+def _decode_annotations(stored: StoredCheckpoint) -> Annotations:
+    try:
+        return manifests.decode_annotations(stored.read_whole(ANNOTATIONS, manifests.MAX_ANNOTATIONS_BYTES))
+    except FileNotFoundError:
+        return Annotations()
 
 
 def _structure_damage(stored: StoredCheckpoint, manifest: Manifest | Head) -> list[Damage]:

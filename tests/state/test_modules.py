@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse csr": (lambda: torch.eye(4).to_sparse_coo().to(torch.float64), r"to_dense\(\)"),
     "function": (lambda: print, "register_codec"),
     "generator": (lambda: (i for i in range(3)), "register_codec"),
-    "loader": (lambda: torch.utils.data.DataLoader([1, 2]), "register_codec"),
+    "loader": (lambda: torch.utils.data.DataLoader([1, 2]), "StatefulDataLoader"),
 }
 
 

@@ -120,6 +120,13 @@ class _CaptureLeaves:
         if plain is not None:
             return plain(value)
         kind = kind_of(value)
+        if kind is None and isinstance(value, torch.utils.data.DataLoader):
+            raise tree.unsupported(
+                value,
+                path,
+                "It does not know its position in the data. Leave it out (the generators that shuffle it are saved) or "
+                "use a loader with state_dict() and load_state_dict(), such as torchdata's StatefulDataLoader.",
+            )
         return None if kind is None else self._object(value, kind, path)
 
     def decode(self, tag: str, body: Any) -> Any:

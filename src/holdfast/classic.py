@@ -17,6 +17,7 @@ import torch
 
 from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
 from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, HoldfastError, UsageError
+from holdfast.format.names import MANIFEST
 from holdfast.loading import load, restore
 from holdfast.saving import About, write
 from holdfast.state.capture import capture
@@ -150,7 +151,7 @@ def _replace(state: Mapping[str, Any], path: str | os.PathLike[str], epoch: obje
     store = LocalStore(os.path.dirname(absolute))
     name = os.path.basename(absolute)
     occupied = os.path.lexists(absolute)
-    if occupied and not os.path.lexists(os.path.join(absolute, "manifest.json")):
+    if occupied and not os.path.lexists(os.path.join(absolute, MANIFEST)):
         raise CheckpointExistsError(
             f"{absolute} is not a Holdfast checkpoint and was left as it is; move it away or save under another name.",
             path=absolute,

@@ -11,7 +11,6 @@ import torch
 
 from holdfast.errors import UsageError
 from holdfast.format import tree
-from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import check_entry_names
 from holdfast.state import rng
 from holdfast.state.kinds import Kind, kind_of, name_parameters
@@ -208,8 +207,3 @@ _TORCH_VALUES: dict[type, Callable[[Any], dict[str, Any]]] = {
     torch.Size: lambda value: {"$size": list(value)},
     torch.device: lambda value: {"$device": str(value)},
 }
-
-
-def stored_nbytes(captured: CapturedTensor) -> int:
-    """Bytes that a captured tensor takes in its file."""
-    return int(np.prod(captured.shape, dtype=np.int64)) * DTYPES[captured.dtype].itemsize

@@ -256,3 +256,8 @@ def test_bad_annotations(inner: object) -> None:
     """They are as strict as the manifest."""
     with pytest.raises(ValueError, match=r".+"):
         manifests.decode_annotations(envelope.seal("annotations", msgspec.json.encode(inner)))
+
+
+def test_a_head_has_the_fields_of_a_manifest() -> None:
+    """In the same order: only then does it encode to the bytes it came from, which is how duplicate keys are found."""
+    assert manifests.Head.__struct_fields__ == manifests.Manifest.__struct_fields__

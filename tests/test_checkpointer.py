@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,13 @@ from holdfast import Checkpointer, Every, KeepBest, KeepEvery, KeepLast, Run
 from holdfast.errors import (
     MissingMetricError,
     RunBusyError,
+    SaveTimeoutError,
     StateMismatchError,
     StorageError,
     UnsupportedValueError,
     UsageError,
 )
-from holdfast.storage.local import LocalStore
+from holdfast.storage.local import LocalPending, LocalStore
 
 STEPS_PER_EPOCH = 5
 
@@ -266,7 +271,7 @@ def test_metrics_for_a_checkpoint_that_is_there(tmp_path: Path) -> None:
             ckpt.step()
             ckpt.step()
             ckpt.end_epoch({"loss": loss})
-        assert [(c.step, c.metrics) for c in Run(tmp_path)] == [(2, {"loss": 0.1}), (6, {"loss": 0.4})]
+    assert [(c.step, c.metrics) for c in Run(tmp_path)] == [(2, {"loss": 0.1}), (6, {"loss": 0.4})]
 
 
 def test_metrics_that_nothing_can_hold(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -300,13 +305,13 @@ def test_one_line_on_resume_and_on_each_save(tmp_path: Path, caplog: pytest.LogC
             training.run(ckpt, epochs)
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     path = tmp_path / "run"
-    assert [message.split(" MB in")[0].rsplit(",", 1)[0] for message in messages] == [
+    assert [message.partition("): ")[0] for message in messages] == [
         f"starting a new run in {path}",
-        f"saved {path}/step-000000000005: step 5, epoch 1",
-        f"resumed {path}/step-000000000005: step 5",
-        f"saved {path}/step-000000000010: step 10, epoch 2",
+        f"saved {path}/step-000000000005: step 5, epoch 1 (every epoch",
+        f"resumed {path}/step-000000000005: step 5, epoch 1",
+        f"saved {path}/step-000000000010: step 10, epoch 2 (every epoch",
     ]
-    assert messages[1].endswith("(every epoch)")
+    assert "training stood still for" in messages[1]
 
 
 def test_resuming_within_an_epoch_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -324,7 +329,7 @@ def test_resuming_within_an_epoch_says_so(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is raised at the call; what was durable stays; training goes on, and the next save succeeds."""
+    """What fails at the call is raised there; what was durable stays; training goes on, and the next save succeeds."""
     create = LocalStore.create
     with Checkpointer(tmp_path, {"x": 1}, save=Every(steps=1), keep=KeepLast(1)) as ckpt:
         ckpt.step()
@@ -338,7 +343,7 @@ def test_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert steps(tmp_path) == [1]
         monkeypatch.setattr(LocalStore, "create", create)
         ckpt.step()
-        assert (ckpt.global_step, steps(tmp_path)) == (3, [3])
+    assert (ckpt.global_step, steps(tmp_path)) == (3, [3])
 
 
 def test_a_failed_save_is_made_up_for_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +397,199 @@ def test_another_model(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1]
 
 
+# ------------------------------------------------------------------------------------------------- in the background
+
+
+class Disk:
+    """A disk that stops, and answers again when it is told to; it may fail too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stopped = threading.Event()
+        self.answers = threading.Event()
+        self.failure: Exception | None = None
+        write_files = LocalPending.write_files
+
+        def write(pending: LocalPending, images: Any) -> Any:
+            self.stopped.set()
+            assert self.answers.wait(60)
+            if self.failure is not None:
+                raise self.failure
+            return write_files(pending, images)
+
+        monkeypatch.setattr(LocalPending, "write_files", write)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """A disk that has stopped; it answers at the end of the test in any case."""
+    made = Disk(monkeypatch)
+    yield made
+    made.answers.set()
+
+
+def test_training_goes_on_while_the_disk_does_not(tmp_path: Path, disk: Disk) -> None:
+    """A save holds what was there at its call; the steps after it do not wait."""
+    state = {"w": torch.zeros(3)}
+    with Checkpointer(tmp_path, state, save=Every(steps=100), keep=KeepLast(9)) as ckpt:
+        ckpt.step()
+        handle = ckpt.save()
+        for _ in range(5):
+            state["w"].add_(1)
+            ckpt.step()
+        assert not handle.done()
+        disk.answers.set()
+    assert [(c.step, c.read("w/w").tolist()) for c in Run(tmp_path)] == [(1, [0.0] * 3), (6, [5.0] * 3)]
+
+
+def fail_in_the_background(ckpt: Checkpointer, disk: Disk) -> None:
+    """Have a save fail after its call has returned."""
+    disk.failure = StorageError("the disk is gone")
+    ckpt.step()
+    handle = ckpt.save()
+    disk.answers.set()
+    with pytest.raises(StorageError, match="the disk is gone"):
+        handle.result(60)
+    disk.failure = None
+
+
+@pytest.mark.parametrize("call", ["step", "end_epoch", "save"])
+def test_a_background_failure_is_raised_at_the_next_call(tmp_path: Path, disk: Disk, call: str) -> None:
+    """Once; and what it did not save is saved at the end."""
+    with Checkpointer(tmp_path, {"x": 1}, save=Every(steps=100)) as ckpt:
+        fail_in_the_background(ckpt, disk)
+        with pytest.raises(StorageError, match="the disk is gone"):
+            getattr(ckpt, call)()
+        assert steps(tmp_path) == []
+    assert steps(tmp_path) == [ckpt.global_step]
+
+
+def test_a_background_failure_is_raised_at_the_end(tmp_path: Path, disk: Disk) -> None:
+    """The block cannot end as if all were well."""
+    disk.failure = StorageError("the disk is gone")
+    disk.answers.set()
+    with (
+        pytest.raises(StorageError, match="the disk is gone"),
+        Checkpointer(tmp_path, {"x": 1}, save=Every(steps=1)) as ckpt,
+    ):
+        ckpt.step()
+
+
+def test_an_exception_is_not_hidden_by_a_failed_save(
+    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What leaves the block is the training's own exception; the failure is logged."""
+
+    def train() -> None:
+        with Checkpointer(tmp_path, {"x": 1}) as ckpt:
+            fail_in_the_background(ckpt, disk)
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train()
+    assert "the disk is gone" in caplog.text
+
+
+def test_an_exception_leaves_the_save_under_way_to_end(tmp_path: Path, disk: Disk) -> None:
+    """It was whole when it was copied."""
+
+    def train() -> None:
+        with Checkpointer(tmp_path, {"x": 1}, save=Every(steps=1)) as ckpt:
+            ckpt.step()
+            disk.answers.set()
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train()
+    assert steps(tmp_path) == [1]
+
+
+def test_a_disk_that_never_answers(tmp_path: Path, disk: Disk) -> None:
+    """The end waits for it as long as it was told to, and then says so."""
+    with pytest.raises(SaveTimeoutError), Checkpointer(tmp_path, {"x": 1}, drain_s=0.01) as ckpt:
+        ckpt.step()
+
+
+def test_saves_that_are_skipped(tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    """Asked for, a save that is due while one is under way is left out and counted; one that is asked for waits."""
+    caplog.set_level(logging.INFO, "holdfast")
+    with Checkpointer(tmp_path, {"x": 1}, save=Every(steps=1), keep=KeepLast(9), when_busy="skip") as ckpt:
+        assert ckpt.step() is not None
+        assert disk.stopped.wait(60)
+        assert [ckpt.step(), ckpt.step(), ckpt.skipped] == [None, None, 2]
+        disk.answers.set()
+        assert ckpt.save().result(60).step == 3
+    assert steps(tmp_path) == [1, 3]
+    assert "no save at step 3, since one is under way (2 skipped so far)" in caplog.text
+
+
+def test_saves_that_wait(tmp_path: Path, disk: Disk) -> None:
+    """By default none is left out."""
+    with Checkpointer(tmp_path, {"x": 1}, save=Every(steps=1), keep=KeepLast(9)) as ckpt:
+        ckpt.step()
+        opener = threading.Thread(target=lambda: (disk.stopped.wait(60), disk.answers.set()))
+        opener.start()
+        ckpt.step()
+        opener.join()
+    assert (steps(tmp_path), ckpt.skipped) == ([1, 2], 0)
+
+
+def test_late_metrics_wait_for_their_checkpoint(tmp_path: Path, disk: Disk) -> None:
+    """Metrics of a step whose save is under way belong to that checkpoint."""
+    with Checkpointer(tmp_path, {"x": 1}, save=Every(steps=2), keep=KeepLast(1) | KeepBest("loss", "min")) as ckpt:
+        ckpt.step()
+        ckpt.step()
+        opener = threading.Thread(target=lambda: (disk.stopped.wait(60), disk.answers.set()))
+        opener.start()
+        ckpt.end_epoch({"loss": 0.5})
+        opener.join()
+        assert [(c.step, c.metrics) for c in Run(tmp_path)] == [(2, {"loss": 0.5})]
+
+
+def in_a_fork(work: Callable[[], object]) -> int:
+    """The exit status of a forked process that does ``work``: 0 when it returned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; they are what is tested
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_fork_during_a_save(tmp_path: Path, disk: Disk) -> None:
+    """A child, such as a loader's worker, cannot save, never hangs, and leaves the run to its parent."""
+
+    def child() -> None:
+        for call in (ckpt.step, ckpt.end_epoch, ckpt.save):
+            with pytest.raises(UsageError, match="was forked from the one that writes the run"):
+                call()
+        assert ckpt.__exit__(None, None, None) is False
+
+    with Checkpointer(tmp_path, {"w": torch.ones(3)}, save=Every(steps=1)) as ckpt:
+        ckpt.step()
+        assert disk.stopped.wait(60)
+        assert in_a_fork(child) == 0
+        with pytest.raises(RunBusyError), Checkpointer(tmp_path, {"x": 1}):
+            pytest.fail("the child let go of the run")
+        disk.answers.set()
+    assert steps(tmp_path) == [1]
+
+
+def test_a_loader_with_workers(tmp_path: Path) -> None:
+    """Workers forked while saves are written neither disturb them nor save themselves."""
+    data = torch.utils.data.TensorDataset(torch.arange(8.0))
+    with Checkpointer(tmp_path, {"w": torch.ones(3)}, save=Every(steps=1), keep=KeepLast(99)) as ckpt:
+        for _ in range(2):
+            for _ in torch.utils.data.DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork"):
+                ckpt.step()
+            ckpt.end_epoch()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+
+
 # ------------------------------------------------------------------------------------------------------ one at a time
 
 
@@ -416,10 +614,10 @@ except holdfast.errors.RunBusyError as error:
     print(error)
 """
     with Checkpointer(tmp_path, {"x": 1}, save=Every(steps=1)) as ckpt:
-        ckpt.step()
+        ckpt.save().result()
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert str(tmp_path) in done.stdout
-    assert holdfast.load(Run(tmp_path)[1].path) == {"x": 1}
+    assert holdfast.load(Run(tmp_path)[0].path) == {"x": 1}
 
 
 # ------------------------------------------------------------------------------------------------------------- misuse
@@ -444,9 +642,12 @@ def test_outside_its_block(tmp_path: Path) -> None:
         ({"save": 5}, "save=: expected a save policy"),
         ({"keep": Every(steps=1)}, "keep=: expected a retention policy"),
         ({"keep": 3}, "keep=: expected a retention policy such as KeepLast.3., found 3"),
+        ({"overlap": True, "background": False}, "overlap=True: only saves in the background overlap"),
+        ({"when_busy": "drop"}, "when_busy=: expected 'wait' or 'skip', found 'drop'"),
+        ({"drain_s": 0}, "drain_s=: expected a positive number of seconds, found 0"),
     ],
 )
-def test_policies_in_the_wrong_place(tmp_path: Path, options: Any, message: str) -> None:
+def test_options_that_cannot_mean_anything(tmp_path: Path, options: Any, message: str) -> None:
     """Refused where it is constructed."""
     with pytest.raises(UsageError, match=message):
         Checkpointer(tmp_path, {"x": 1}, **options)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import datetime
 import functools
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +22,21 @@ from holdfast.errors import (
     storage_errors,
 )
 from holdfast.format import manifest as manifests
-from holdfast.format import safetensors, tree
+from holdfast.format import tree
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import Annotations, Head, Manifest, Piece, TensorRecord
-from holdfast.format.names import ANNOTATIONS, MANIFEST, CheckpointName, is_auxiliary
-from holdfast.storage.chunks import read_chunks
+from holdfast.format.manifest import Annotations, FileRecord, Head, Manifest, TensorRecord
+from holdfast.format.names import ANNOTATIONS, MANIFEST, CheckpointName, is_tensor_file_name
+from holdfast.inspection import (
+    annotations_damage,
+    damaged_chunks,
+    header_damage,
+    read_annotations,
+    structure_damage,
+    unreadable,
+)
+from holdfast.storage.boxes import array_sink, box_of
 from holdfast.storage.local import LocalStore
-from holdfast.storage.scatter import Read, Sink, Span, damaged_chunk, scatter
+from holdfast.storage.reading import FileReads, Read, read_files
 from holdfast.storage.store import Store, StoredCheckpoint
 
 Progress = Callable[[int], None]
@@ -139,6 +146,11 @@ class Checkpoint:
         return self._annotations.tags
 
     @property
+    def files(self) -> Mapping[str, FileRecord]:
+        """By name, the size and the checksums of each of its data files."""
+        return self._head.files
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its data files."""
         return sum(record.bytes for record in self._head.files.values())
@@ -201,41 +213,34 @@ class Checkpoint:
                 key=name,
             )
         array = np.empty(record.shape, numpy_name)
-        self.read_pieces([(name, piece, _box_sink(array, piece)) for piece in record.pieces])
+        wanted: dict[str, list[Read]] = {}
+        for piece in record.pieces:
+            box = box_of(array, piece.offset, piece.shape)
+            wanted.setdefault(piece.file, []).append(Read(piece.begin, box.nbytes, array_sink(box)))
+        self.read_files(wanted)
         return array
 
-    def read_pieces(self, wanted: Iterable[tuple[str, Piece, Sink]], *, whole: bool = False) -> None:
-        """Read pieces of tensors, each chunk verified before any of its bytes reach a sink. Blocks.
+    def read_files(self, wanted: Mapping[str, Sequence[Read]], *, whole: bool = False) -> None:
+        """Read parts of files, each chunk verified before any of its bytes reach a sink. Blocks.
 
         Args:
-            wanted: for each piece: the tensor's ``entry/name``, the piece, and what takes its bytes.
+            wanted: by file, where to read and what takes the bytes.
             whole: verify every other chunk of every file too.
 
         Raises:
-            CorruptCheckpointError: names file, chunk and tensors.
+            CorruptCheckpointError: names file, chunk and tensors. Sinks may have got what was read before it.
             CheckpointNotFoundError: the checkpoint was removed since it was opened.
         """
-        by_file: dict[str, list[Read]] = {name: [] for name in self.manifest.files} if whole else {}
-        for label, piece, sink in wanted:
-            entry, _, name = label.partition("/")
-            itemsize = DTYPES[self.manifest.record(entry, name).dtype].itemsize
-            span = Span(label, piece.begin, math.prod(piece.shape) * itemsize)
-            by_file.setdefault(piece.file, []).append(Read(span, sink))
-        if not by_file:
+        names = list(self.manifest.files) if whole else list(wanted)
+        if not names:
             return
-        spans = self._spans()
         with self._opened() as stored:
-            for file_name, reads in by_file.items():
-                damage = _unreadable(stored, self.manifest, file_name)
-                if not damage:
-                    file = stored.open_file(file_name)
-                    try:
-                        record = self.manifest.files[file_name]
-                        damage = scatter(file, file_name, record, reads, spans[file_name], whole=whole)
-                    finally:
-                        file.close()
-                if damage:
-                    raise CorruptCheckpointError.at(self.path, damage, self.step)
+            damage = [item for name in names for item in unreadable(stored, self.manifest, name)]
+            if not damage:
+                jobs = [self._job(stored, name, wanted.get(name, ()), whole) for name in names]
+                damage = damaged_chunks(self.manifest, read_files(jobs))
+        if damage:
+            raise CorruptCheckpointError.at(self.path, damage, self.step)
 
     def verify(self, progress: Progress | None = None) -> None:
         """Read every byte and compare it with its checksum. Blocks.
@@ -247,45 +252,21 @@ class Checkpoint:
             CorruptCheckpointError: lists all damage, not only the first.
             CheckpointNotFoundError: the checkpoint was removed since it was opened.
         """
-        damage = []
-        spans = self._spans()
         with self._opened() as stored:
-            damage += _structure_damage(stored, self.manifest)
-            damage += _annotations_damage(stored)
+            damage = structure_damage(stored, self.manifest) + annotations_damage(stored)
             missing = {item.file for item in damage}
-            for name in self.manifest.files:
-                if name not in missing:
-                    damage += self._verify_file(stored, name, spans[name], progress)
+            readable = [name for name in self.manifest.files if name not in missing]
+            jobs = [self._job(stored, name, (), True) for name in readable]
+            damage += damaged_chunks(self.manifest, read_files(jobs, to_the_end=True, progress=progress))
+            broken = {item.file for item in damage}
+            for name in readable:
+                if name not in broken and is_tensor_file_name(name):
+                    damage += header_damage(stored, name, self.manifest)
         if damage:
             raise CorruptCheckpointError.at(self.path, damage, self.step)
 
-    def _verify_file(
-        self, stored: StoredCheckpoint, name: str, spans: Sequence[Span], progress: Progress | None
-    ) -> list[Damage]:
-        record = self.manifest.files[name]
-        damage = []
-        file = stored.open_file(name)
-        try:
-            for index, data in read_chunks(file, record, range(len(record.xxh3_128))):
-                if data is None:
-                    damage.append(damaged_chunk(name, record, index, spans))
-                if progress is not None:
-                    progress(min(record.chunk_bytes, record.bytes - index * record.chunk_bytes))
-            if not damage:
-                damage += _header_damage(file, name, self.manifest)
-        finally:
-            file.close()
-        return damage
-
-    def _spans(self) -> dict[str, list[Span]]:
-        spans: dict[str, list[Span]] = {name: [] for name in self.manifest.files}
-        for entry, records in self.manifest.tensors.items():
-            for name, record in records.items():
-                itemsize = DTYPES[record.dtype].itemsize
-                for piece in record.pieces:
-                    nbytes = math.prod(piece.shape) * itemsize
-                    spans[piece.file].append(Span(f"{entry}/{name}", piece.begin, nbytes))
-        return spans
+    def _job(self, stored: StoredCheckpoint, name: str, reads: Sequence[Read], whole: bool) -> FileReads:
+        return FileReads(name, functools.partial(stored.open_file, name), self.manifest.files[name], reads, whole)
 
     @contextmanager
     def _opened(self) -> Iterator[StoredCheckpoint]:
@@ -312,6 +293,20 @@ class Checkpoint:
             raise CorruptCheckpointError.at(self.path, [Damage(MANIFEST, str(error))], self.step) from error
 
 
+def reopen_checkpoint(store: Store, name: str, manifest: bytes) -> Checkpoint:
+    """The checkpoint that was just committed as ``name``: its files all there, and its manifest the one written.
+
+    Raises:
+        CorruptCheckpointError: it is not.
+    """
+    checkpoint = open_checkpoint(store, name, whole=False)
+    if checkpoint._data != manifest:
+        raise CorruptCheckpointError.at(
+            checkpoint.path, [Damage(MANIFEST, "is not what was just written")], checkpoint.step
+        )
+    return checkpoint
+
+
 def open_checkpoint(store: Store, name: str, *, whole: bool = True) -> Checkpoint:
     """The checkpoint called ``name``: its manifest validated, its files all there and of the right sizes.
 
@@ -333,8 +328,8 @@ def open_checkpoint(store: Store, name: str, *, whole: bool = True) -> Checkpoin
             data = _read_manifest(stored)
             head = _decode_head(data, path)
             checkpoint = Checkpoint(store, name, head, _read_annotations(stored), data)
-            if whole or _structure_damage(stored, head):
-                damage = _structure_damage(stored, checkpoint.manifest)  # names the tensors too
+            if whole or structure_damage(stored, head):
+                damage = structure_damage(stored, checkpoint.manifest)  # names the tensors too
                 if damage:
                     raise CorruptCheckpointError.at(path, damage, head.step)
             return checkpoint
@@ -404,107 +399,11 @@ def _decode_head(data: bytes, path: str) -> Head:
 def _read_annotations(stored: StoredCheckpoint) -> Annotations:
     """The annotations; none where there are none, and none, with a warning, where they are broken: no state is lost."""
     try:
-        return _decode_annotations(stored)
+        return read_annotations(stored)
     except ValueError as error:
         damage = Damage(ANNOTATIONS, str(error))
         warnings.warn(f"{stored.path}: {damage}; its later metrics, pin and tags are not known.", stacklevel=2)
         return Annotations()
-
-
-def _annotations_damage(stored: StoredCheckpoint) -> list[Damage]:
-    try:
-        _decode_annotations(stored)
-    except ValueError as error:
-        return [Damage(ANNOTATIONS, str(error))]
-    return []
-
-
-def _decode_annotations(stored: StoredCheckpoint) -> Annotations:
-    try:
-        return manifests.decode_annotations(stored.read_whole(ANNOTATIONS, manifests.MAX_ANNOTATIONS_BYTES))
-    except FileNotFoundError:
-        return Annotations()
-
-
-def _structure_damage(stored: StoredCheckpoint, manifest: Manifest | Head) -> list[Damage]:
-    """Files that are missing, of another size, or not part of the checkpoint."""
-    damage = []
-    present = set(stored.names())
-    for name in manifest.files:
-        damage += _unreadable(stored, manifest, name)
-    strangers = sorted(name for name in present - set(manifest.files) if not is_auxiliary(name))
-    return damage + [Damage(name, "is not part of the checkpoint") for name in strangers]
-
-
-def _unreadable(stored: StoredCheckpoint, manifest: Manifest | Head, name: str) -> list[Damage]:
-    """Why a data file cannot be what was written, as far as a look at its size tells."""
-    try:
-        file = stored.open_file(name)
-    except FileNotFoundError:
-        return [Damage(name, "is missing", tensors=_tensors_in(manifest, name))]
-    except ValueError as error:
-        return [Damage(name, str(error), tensors=_tensors_in(manifest, name))]
-    nbytes = file.nbytes
-    file.close()
-    expected = manifest.files[name].bytes
-    if nbytes == expected:
-        return []
-    return [Damage(name, f"has {nbytes} bytes, expected {expected}", tensors=_tensors_in(manifest, name))]
-
-
-def _tensors_in(manifest: Manifest | Head, file: str) -> tuple[str, ...]:
-    if isinstance(manifest, Head):
-        return ()
-    return tuple(
-        f"{entry}/{name}"
-        for entry, records in manifest.tensors.items()
-        for name, record in records.items()
-        if any(piece.file == file for piece in record.pieces)
-    )
-
-
-def _header_damage(file: Any, name: str, manifest: Manifest) -> list[Damage]:
-    """Where the safetensors header, whose bytes are intact, tells another story than the manifest."""
-    first = memoryview(bytearray(8))
-    file.read_into(0, first)
-    try:
-        length = safetensors.header_length(bytes(first), file.nbytes)
-        prefix = memoryview(bytearray(length))
-        file.read_into(0, prefix)
-        layout = safetensors.parse(bytes(prefix), file.nbytes)
-    except ValueError as error:
-        return [Damage(name, f"its safetensors header: {error}")]
-    stored = {tensor.name: (tensor.code, tensor.shape, tensor.begin) for tensor in layout.tensors}
-    for entry, records in manifest.tensors.items():
-        for tensor, record in records.items():
-            for piece in record.pieces:
-                expected = (DTYPES[record.dtype].code, DTYPES[record.dtype].stored_shape(piece.shape), piece.begin)
-                if piece.file == name and stored.get(piece.name) != expected:
-                    return [Damage(name, "its header and the manifest disagree", tensors=(f"{entry}/{tensor}",))]
-    return []
-
-
-def _box_sink(array: np.ndarray[Any, Any], piece: Piece) -> Sink:
-    """Bytes of a piece into its box of ``array``."""
-    offset = piece.offset or (0,) * array.ndim
-    # The ellipsis keeps it a view where there are no dimensions; without it numpy gives a copy, a scalar.
-    place: tuple[Any, ...] = (..., *(slice(at, at + size) for at, size in zip(offset, piece.shape, strict=True)))
-    box = array[place]
-    if box.flags.c_contiguous:
-        flat = box.reshape(-1).view(np.uint8)
-
-        def fill(begin: int, data: memoryview) -> None:
-            flat[begin : begin + len(data)] = data
-
-        return fill
-    staged = bytearray()
-
-    def gather(begin: int, data: memoryview) -> None:
-        staged.extend(data)
-        if len(staged) == box.nbytes:
-            box[...] = np.frombuffer(staged, array.dtype).reshape(piece.shape)
-
-    return gather
 
 
 __all__ = ["Checkpoint", "TensorInfo", "TensorRecord", "open", "open_checkpoint"]

@@ -19,8 +19,11 @@ from holdfast.run import Retention, Run
 from holdfast.saving import About, encode_metrics
 from holdfast.state.capture import LOOP_ENTRY, CapturedEntry, capture
 from holdfast.state.forgotten import forgotten
+from holdfast.state.guard import StepGuard
+from holdfast.state.kinds import estimated_nbytes
 from holdfast.state.report import RestoreReport
-from holdfast.writer import BlockingWriter, SaveHandle, Writer
+from holdfast.state.unchanged import Unchanged
+from holdfast.writer import SaveHandle, Writer
 
 _logger = logging.getLogger("holdfast")
 
@@ -32,7 +35,11 @@ class Checkpointer:
     with a warning. On leaving the block normally, what is not saved yet is saved. When an exception leaves it nothing
     is saved, since the state may be in the middle of a step.
 
-    Not thread-safe: it belongs to the thread that trains. Saves block, for now, until they are durable.
+    Saves run in the background: a call copies the state and returns; a thread writes the copy. One save is under way at
+    a time. When it fails, the next ``step()``, ``end_epoch()`` or ``save()``, or the end of the block, raises what went
+    wrong. The copy takes as much memory as the state; where there is not that much, it says so once, and saves block.
+
+    Not thread-safe: it belongs to the thread that trains. A forked process, such as a loader's worker, cannot save.
 
     Args:
         path: the directory of the run; made when it is missing. One process at a time writes a run.
@@ -42,6 +49,17 @@ class Checkpointer:
         keep: what to keep; the last three checkpoints by default.
         resume: ``"latest"``, ``"never"``, ``"best:<metric>"``, a step, or the path of a checkpoint or run to start
             from. A path counts only as long as this run has no checkpoint of its own.
+        background: ``False`` writes at the call, without a copy of the state.
+        overlap: copy parameters and optimizer state beside the next forward and backward, instead of at the call; the
+            optimizers of ``state`` wait in their ``step()`` for what is left. Everything else is copied at the call.
+            **Until the next optimizer step nothing else may write the weights.** Most such writes are noticed, and
+            fail the save with ``StrayWriteError``; writes through ``.data``, numpy or a fused optimizer that is not in
+            ``state`` are not, and would be saved.
+        when_busy: ``"wait"`` for the save under way when the next one is due, or ``"skip"`` the one that is due, which
+            ``skipped`` counts. What is asked for with ``save()`` always waits.
+        share_unchanged: store what did not change since the last checkpoint, such as frozen parameters, once: it lies
+            in a file of its own, which the next checkpoint links. A bit that flips in there damages them all.
+        drain_s: how long the end of the block waits for the save under way.
 
     Raises (on entry):
         RunBusyError: another process writes this run.
@@ -69,25 +87,40 @@ class Checkpointer:
         save: SavePolicy = Every(minutes=10),  # noqa: B008 - policies are frozen
         keep: Retention = KeepLast(3),  # noqa: B008 - policies are frozen
         resume: Resume = "latest",
+        background: bool = True,
+        overlap: bool = False,
+        when_busy: Literal["wait", "skip"] = "wait",
+        share_unchanged: bool = True,
+        drain_s: float = 600.0,
     ) -> None:
         _check_policies(save, keep)
+        _check_writing(background, overlap, when_busy, drain_s)
         self.run = Run(path)
         self.resumed_from: Checkpoint | None = None
         self.report: RestoreReport | None = None
+        self.skipped = 0
         self._state = state
         self._save_policy = save
         self._keep_policy = keep
         self._resume = resume
+        self._background = background
+        self._overlap = overlap
+        self._when_busy = when_busy
+        self._share_unchanged = share_unchanged
+        self._drain_s = drain_s
         self._writer: Writer | None = None
+        self._pid = 0
         self._run_id = ""
+        self._resumed_own = False
         self._step = 0
         self._epoch = 0
         self._steps_in_epoch = 0
         self._metrics: dict[str, Any] = {}
         self._unsaved = False
         self._saved_at_s = 0.0
-        self._last: Checkpoint | None = None
+        self._last: SaveHandle | None = None
         self._looked_for_forgotten = False
+        self._warmed_up = False
         self._told_of_no_candidates = False
 
     # ------------------------------------------------------------------------------------------------- where it is
@@ -115,23 +148,27 @@ class Checkpointer:
         except BaseException:
             self.run.store.release()
             raise
-        self._writer = BlockingWriter(self.run, self._retain)
+        self._writer = self._new_writer()
+        self._pid = os.getpid()
         self._saved_at_s = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> Literal[False]:
+        if self._pid != os.getpid():
+            return False  # a forked child on its way out: the run is its parent's
         writer = self._in_block()
         try:
             if kind is None:
                 if self._unsaved:
                     self._submit("end of training")
-                writer.drain()
+                writer.drain(self._drain_s)
                 writer.check()
             else:
                 self._finish_after_error(writer)
         finally:
+            writer.close()
             self._writer = None
             self.run.store.release()
         return False
@@ -139,7 +176,7 @@ class Checkpointer:
     def _finish_after_error(self, writer: Writer) -> None:
         """Finish what is under way without hiding the exception that is leaving the block."""
         try:
-            writer.drain()
+            writer.drain(self._drain_s)
             writer.check()
         except Exception:
             _logger.exception("a save under way failed while an exception was leaving the block")
@@ -147,20 +184,24 @@ class Checkpointer:
     # --------------------------------------------------------------------------------------------------- the loop
 
     def step(self) -> SaveHandle | None:
-        """Tell that one optimizer step is done. Saves, and then blocks, when the save policy says so.
+        """Tell that one optimizer step is done. Begins a save when the save policy says so.
 
         Returns:
-            The save, if one was due.
+            The save, if one was begun.
 
         Raises:
-            StorageError: a save failed. Earlier checkpoints are intact, and training may go on.
+            StorageError: a save failed, this one or the one before. Earlier checkpoints are intact, and training may
+                go on.
         """
         writer = self._in_block()
         self._step += 1
         self._steps_in_epoch += 1
         self._metrics = {}
         self._unsaved = True
-        writer.check()
+        self._check(writer)
+        if not self._warmed_up:  # now the optimizers have their state, and nobody waits for a save yet
+            self._warmed_up = True
+            writer.warm_up(estimated_nbytes(self._state))
         return self._save_if_due("step")
 
     def end_epoch(self, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
@@ -170,7 +211,7 @@ class Checkpointer:
             metrics: what was measured of the state as it is now; they belong to this step and are saved with it.
 
         Returns:
-            The save, if one was due.
+            The save, if one was begun.
 
         Raises:
             MissingMetricError: the retention policy ranks by a metric that is not among ``metrics``.
@@ -183,20 +224,22 @@ class Checkpointer:
         self._steps_in_epoch = 0
         self._metrics = encoded
         self._unsaved = True
-        writer.check()
+        self._check(writer)
         handle = self._save_if_due("epoch")
         if handle is None and encoded:
             self._keep_metrics()
         return handle
 
     def save(self, metrics: Mapping[str, float] | None = None, *, reason: str = "asked for") -> SaveHandle:
-        """Save now, whatever the policy says.
+        """Begin a save now, whatever the policy says; waits for the one under way to end first.
+
+        ``save().result()`` waits until it is durable.
 
         Args:
             metrics: what was measured of the state as it is now.
             reason: why, in words, for whoever lists the run.
         """
-        self._in_block().check()
+        self._check(self._in_block())
         self._metrics = {**self._metrics, **encode_metrics(metrics)}
         return self._submit(reason)
 
@@ -205,37 +248,50 @@ class Checkpointer:
     def _save_if_due(self, event: Literal["step", "epoch"]) -> SaveHandle | None:
         since_save_s = time.monotonic() - self._saved_at_s
         reason = self._save_policy.due(Moment(event, self._step, self._epoch, since_save_s))
-        return None if reason is None else self._submit(reason)
+        if reason is None:
+            return None
+        if self._when_busy == "skip" and self._in_block().busy():
+            self.skipped += 1
+            _logger.info(
+                "%s: no save at step %d, since one is under way (%d skipped so far)",
+                self.run.path,
+                self._step,
+                self.skipped,
+            )
+            return None
+        return self._submit(reason)
 
     def _submit(self, reason: str) -> SaveHandle:
         writer = self._in_block()
         self._name_forgotten()
-        start_s = time.monotonic()
-        captured = capture(self._state)
-        captured[LOOP_ENTRY] = CapturedEntry({"steps_in_epoch": self._steps_in_epoch}, {}, {})
         parent = None if self.resumed_from is None else self.resumed_from.checkpoint_id
         about = About(self._step, self._epoch, self._metrics, reason, self._run_id, parent)
-        handle = writer.submit(captured, about)
-        writer.check()
+        self._last = handle = writer.save(self._capture, about)
         self._unsaved = False
         self._saved_at_s = time.monotonic()
-        checkpoint = self._last = handle.result()
-        _logger.info(
-            "saved %s: step %d, epoch %d, %.1f MB in %.2f s (%s)",
-            checkpoint.path,
-            checkpoint.step,
-            checkpoint.epoch,
-            checkpoint.nbytes / 1e6,
-            self._saved_at_s - start_s,
-            reason,
-        )
+        self._check(writer)
         return handle
+
+    def _capture(self) -> dict[str, CapturedEntry]:
+        captured = capture(self._state)
+        captured[LOOP_ENTRY] = CapturedEntry({"steps_in_epoch": self._steps_in_epoch}, {}, {})
+        return captured
+
+    def _check(self, writer: Writer) -> None:
+        """Raise what went wrong since the last look; when it was the last save, there is something to save again."""
+        try:
+            writer.check()
+        finally:
+            self._unsaved = self._unsaved or (self._last is not None and self._last.failed())
 
     def _keep_metrics(self) -> None:
         """Record metrics for which no save was due, where a checkpoint of the very same step can take them."""
+        writer = self._in_block()
         if self._last is not None and self._last.step == self._step:
-            self._last = self.run.add_metrics(self._last, self._metrics)
-            self._retain(self._last)
+            writer.drain()
+            self._check(writer)
+        if self._last is not None and self._last.step == self._step and not self._last.failed():
+            self._retain(self.run.add_metrics(self._last.result(), self._metrics))
         elif ranking_metrics(self._keep_policy) and not self._told_of_no_candidates:
             self._told_of_no_candidates = True
             _logger.warning(
@@ -274,11 +330,22 @@ class Checkpointer:
                 stacklevel=4,
             )
 
+    def _new_writer(self) -> Writer:
+        own = self.resumed_from if self._resumed_own else None
+        return Writer(
+            self.run,
+            self._retain,
+            unchanged=Unchanged(own) if self._share_unchanged else None,
+            background=self._background,
+            guard=StepGuard(self._state) if self._overlap else None,
+        )
+
     # -------------------------------------------------------------------------------------------------- resuming
 
     def _continue(self) -> None:
         resumed = resume_run(self.run, self._state, self._resume, self._keep_policy)
         self._run_id = resumed.run_id or secrets.token_hex(16)
+        self._resumed_own = resumed.run_id is not None
         if resumed.checkpoint is None:
             _logger.info("starting a new run in %s", self.run.path)
             return
@@ -304,6 +371,10 @@ class Checkpointer:
     def _in_block(self) -> Writer:
         if self._writer is None:
             raise UsageError("use the Checkpointer inside its block: with Checkpointer(...) as ckpt: ...")
+        if self._pid != os.getpid():
+            raise UsageError(
+                f"{self.run.path}: this process was forked from the one that writes the run, which alone can save."
+            )
         return self._writer
 
 
@@ -312,3 +383,12 @@ def _check_policies(save: object, keep: object) -> None:
         raise UsageError(f"save=: expected a save policy such as Every(epochs=1), found {save!r}.", key="save")
     if not callable(getattr(keep, "keep", None)):
         raise UsageError(f"keep=: expected a retention policy such as KeepLast(3), found {keep!r}.", key="keep")
+
+
+def _check_writing(background: bool, overlap: bool, when_busy: object, drain_s: float) -> None:
+    if overlap and not background:
+        raise UsageError("overlap=True: only saves in the background overlap; expected background=True.", key="overlap")
+    if when_busy not in ("wait", "skip"):
+        raise UsageError(f"when_busy=: expected 'wait' or 'skip', found {when_busy!r}.", key="when_busy")
+    if isinstance(drain_s, bool) or not isinstance(drain_s, (int, float)) or not drain_s > 0:
+        raise UsageError(f"drain_s=: expected a positive number of seconds, found {drain_s!r}.", key="drain_s")

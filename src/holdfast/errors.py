@@ -36,8 +36,10 @@ __all__ = [
     "HoldfastError",
     "MissingMetricError",
     "RunBusyError",
+    "SaveTimeoutError",
     "StateMismatchError",
     "StorageError",
+    "StrayWriteError",
     "UnsupportedValueError",
     "UsageError",
 ]
@@ -147,6 +149,25 @@ class StateMismatchError(HoldfastError, ValueError):
     def __init__(self, message: str, *, report: Any = None, **where: Any) -> None:
         super().__init__(message, **where)
         self.report = report
+
+
+class SaveTimeoutError(HoldfastError, TimeoutError):
+    """A save in the background did not end in the time it was given."""
+
+
+class StrayWriteError(HoldfastError, RuntimeError):
+    """A tensor was written while a save copied it; that save was given up, and nothing of it is left."""
+
+    @classmethod
+    def to(cls, names: Sequence[str]) -> StrayWriteError:
+        """The error for tensors called ``names``."""
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return cls(
+            f"{shown}: written while an overlapping save copied it, by something else than an optimizer of the state. "
+            "The save was given up. Until the next optimizer step nothing may write the weights; where something has "
+            "to, use overlap=False.",
+            key=names[0],
+        )
 
 
 class RunBusyError(HoldfastError, OSError):

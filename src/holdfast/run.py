@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -22,10 +23,6 @@ from holdfast.errors import (
 from holdfast.format import manifest as manifests
 from holdfast.format.names import CheckpointName
 from holdfast.storage.local import LocalStore
-
-if TYPE_CHECKING:
-    from holdfast.saving import About
-    from holdfast.state.capture import CapturedEntry
 
 _logger = logging.getLogger("holdfast")
 
@@ -157,21 +154,18 @@ class Run:
     ) -> Checkpoint:
         """Save ``state`` as the checkpoint of ``step``. Blocks until it is committed; see :func:`holdfast.save`.
 
-        A step that has a checkpoint gets another generation of it; nothing is overwritten.
+        A step that has a checkpoint gets another generation of it; nothing is overwritten. Frozen parameters that the
+        newest checkpoint holds in a file of their own are linked, not written again.
         """
-        from holdfast.saving import About, encode_metrics  # torch is needed only here, not for reading a run
+        # torch is needed only here, not for reading a run
+        from holdfast.saving import About, encode_metrics, write
         from holdfast.state.capture import capture
+        from holdfast.state.unchanged import Unchanged
 
         newest = self.latest()
         lineage = {} if newest is None else {"run_id": newest.run_id}
         about = About(step, epoch, encode_metrics(metrics), reason, **lineage)
-        return self.write(capture(state), about)
-
-    def write(self, captured: Mapping[str, CapturedEntry], about: About) -> Checkpoint:
-        """Write what was captured as the checkpoint of ``about.step``, in the first generation that is free."""
-        from holdfast.saving import write
-
-        return write(self.store, captured, about, self._free_names(about.step))
+        return write(self.store, capture(state), about, self.free_names(step), unchanged=Unchanged(newest))
 
     def prune(self, keep: Retention, *, dry_run: bool = False, protect: Iterable[str] = ()) -> PruneReport:
         """Remove the checkpoints that ``keep`` does not keep. Blocks.
@@ -207,8 +201,19 @@ class Run:
         """Record metrics that were measured of a checkpoint after it was saved."""
         from holdfast.saving import encode_metrics
 
-        merged = {**checkpoint.annotations.metrics, **encode_metrics(metrics)}
-        return self._annotate(checkpoint, metrics=merged)
+        current = open_checkpoint(self.store, checkpoint.name).annotations
+        return self._annotate(checkpoint, metrics={**current.metrics, **encode_metrics(metrics)})
+
+    def events(self) -> list[dict[str, Any]]:
+        """What is known of past saves, oldest first: when, why, and what each cost (see ``SaveReport``).
+
+        Lines that cannot be read are left out; no checkpoint depends on them.
+        """
+        found = []
+        for line in self.store.log_lines():
+            with contextlib.suppress(msgspec.MsgspecError):
+                found.append(msgspec.json.decode(line, type=dict[str, Any]))
+        return found
 
     def _annotate(self, checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
         current = open_checkpoint(self.store, checkpoint.name).annotations
@@ -216,7 +221,8 @@ class Run:
         self.store.annotate(checkpoint.name, manifests.encode_annotations(annotations))
         return open_checkpoint(self.store, checkpoint.name)
 
-    def _free_names(self, step: int) -> Iterator[str]:
+    def free_names(self, step: int) -> Iterator[str]:
+        """The names that a checkpoint of ``step`` may get, in order: its generations that are not taken."""
         taken = [name.generation for name in self.names() if name.step == step]
         generation = max(taken, default=0) + 1
         while True:  # another process may take the same one meanwhile

@@ -7,7 +7,9 @@ import math
 import os
 import platform
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +17,19 @@ import numpy as np
 import torch
 
 from holdfast._version import __version__
-from holdfast.checkpoint import Checkpoint, open_checkpoint
-from holdfast.errors import CheckpointExistsError, UnsupportedValueError, UsageError
+from holdfast.checkpoint import Checkpoint, reopen_checkpoint
+from holdfast.errors import CheckpointExistsError, UsageError
 from holdfast.format import manifest as manifests
-from holdfast.format import safetensors, tree
-from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import FileRecord, Manifest, Piece, TensorRecord
-from holdfast.format.names import check_step, data_file_name
+from holdfast.format import tree
+from holdfast.format.manifest import FileRecord, Manifest
+from holdfast.format.names import check_step
 from holdfast.state.capture import CapturedEntry, capture
+from holdfast.state.plan import Plan, Planner
+from holdfast.state.staging import LiveFile, Staging
+from holdfast.state.unchanged import Source, Unchanged
+from holdfast.storage.arena import Arena, BytesImage
 from holdfast.storage.local import LocalStore
-from holdfast.storage.store import PendingCheckpoint, Store
+from holdfast.storage.store import FileImage, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ def write(
     names: Iterable[str],
     *,
     replace: bool = False,
+    unchanged: Unchanged | None = None,
 ) -> Checkpoint:
     """Write and commit a captured state. Blocks.
 
@@ -122,95 +128,166 @@ def write(
         about: what the checkpoint says of itself; its metrics encoded.
         names: names to try, in order, until one is free.
         replace: take the first name even where it is taken, atomically.
+        unchanged: what stood still at the saves before, so that it is not written again.
     """
-    pending = store.create(about.step)
-    try:
-        manifest = manifests.encode(_write_files(pending, captured, about))
-        name = _commit(pending, manifest, names, replace)
-    except BaseException:
-        pending.abort()
-        raise
-    return open_checkpoint(store, name)
+    return Save(store, captured, about, unchanged=unchanged).finish(names, replace=replace)
 
 
-def _commit(pending: PendingCheckpoint, manifest: bytes, names: Iterable[str], replace: bool) -> str:
-    taken: CheckpointExistsError | None = None
-    for name in names:
+@dataclass(slots=True)
+class Costs:
+    """What a save took so far, in seconds and bytes."""
+
+    stage_s: float = 0.0
+    write_s: float = 0.0
+    commit_s: float = 0.0
+    bytes_written: int = 0
+    bytes_linked: int = 0
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Add the time that the block takes to ``part``."""
+        start_s = time.perf_counter()
         try:
-            publish: Callable[[str, bytes], None] = pending.replace if replace else pending.commit
-            publish(name, manifest)
-        except CheckpointExistsError as error:
-            taken = error
-        else:
-            return name
-    assert taken is not None
-    raise taken
+            yield
+        finally:
+            setattr(self, part, getattr(self, part) + time.perf_counter() - start_s)
 
 
-def _write_files(pending: PendingCheckpoint, captured: Mapping[str, CapturedEntry], about: About) -> Manifest:
-    checkpoint_id = secrets.token_hex(16)
-    files: dict[str, FileRecord] = {}
-    tensors: dict[str, dict[str, TensorRecord]] = {}
-    for entry, content in captured.items():
-        layout = _layout(content, checkpoint_id)
-        tensors[entry] = _records(entry, content, layout)
-        if content.tensors:
-            name = data_file_name(entry)
-            files[name] = pending.write_file(name, _file_blocks(content, layout), layout.nbytes)
-    return Manifest(
-        format=manifests.FORMAT,
-        checkpoint_id=checkpoint_id,
-        run_id=about.run_id,
-        parent=about.parent,
-        step=about.step,
-        epoch=about.epoch,
-        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
-        reason=about.reason,
-        metrics=dict(about.metrics),
-        state={entry: content.tree for entry, content in captured.items()},
-        tensors=tensors,
-        aliases={entry: content.aliases for entry, content in captured.items() if content.aliases},
-        files=files,
-        environment=_environment(),
-    )
+_planner = Planner()
 
 
-def _layout(content: CapturedEntry, checkpoint_id: str) -> safetensors.Layout:
-    stored = []
-    for name, tensor in content.tensors.items():
-        dtype = DTYPES[tensor.dtype]
-        stored.append((name, dtype.code, dtype.stored_shape(tensor.shape)))
-    # Tied names go into the metadata as safetensors.torch.save_model writes them, so that load_model ties them again.
-    return safetensors.plan(stored, {**content.aliases, "format": "pt", "holdfast_checkpoint_id": checkpoint_id})
+class Save:
+    """A save under way: begun at the call, staged where the training shall go on meanwhile, then finished.
 
+    Until it is staged, it reads the live tensors. One that is not finished must be aborted.
 
-def _records(entry: str, content: CapturedEntry, layout: safetensors.Layout) -> dict[str, TensorRecord]:
-    begins = {tensor.name: tensor.begin for tensor in layout.tensors}
-    return {
-        name: TensorRecord(
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            pieces=(Piece(file=data_file_name(entry), name=name, begin=begins[name], shape=tensor.shape),),
-            memory_format=tensor.memory_format,
-            device=tensor.device,
+    Args:
+        store: where to.
+        captured: what is saved.
+        about: what the checkpoint says of itself.
+        unchanged: what stood still at the saves before; files that hold what is still the same are linked at once.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        captured: Mapping[str, CapturedEntry],
+        about: About,
+        *,
+        unchanged: Unchanged | None = None,
+    ) -> None:
+        self.costs = Costs()
+        self._store = store
+        self._about = about
+        self._unchanged = unchanged
+        self._id = secrets.token_hex(16)
+        self._created_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+        self._trees = {entry: content.tree for entry, content in captured.items()}
+        self._aliases = {entry: content.aliases for entry, content in captured.items() if content.aliases}
+        self._staging: Staging | None = None
+        self._linked: dict[str, FileRecord] = {}
+        self._plan, sources = _planned(captured, unchanged)
+        self._pending = store.create(about.step)
+        try:
+            self._link(sources)
+            self._live = {
+                file.name: LiveFile(
+                    file.stamped(self._id), {name: captured[file.entry].tensors[name] for name in file.names}
+                )
+                for file in self._plan.files
+                if file.name not in self._linked
+            }
+        except BaseException:
+            self.abort()
+            raise
+
+    def stage(self, arena: Arena, late: Container[int] = ()) -> Staging:
+        """Copy what is to be written into ``arena``: nothing that is done to the tensors reaches it any more.
+
+        Args:
+            arena: where to; it belongs to this save until it is finished or aborted.
+            late: addresses of tensors that are copied only in :meth:`finish`, see :class:`Staging`.
+
+        Raises:
+            MemoryError: there is no room; the save can be finished without.
+        """
+        with self.costs.of("stage_s"):
+            self._staging = Staging(self._live, arena, late)
+        self._live = {}
+        return self._staging
+
+    def finish(self, names: Iterable[str], *, replace: bool = False) -> Checkpoint:
+        """Copy what was left, write, and commit under the first of ``names`` that is free. Blocks."""
+        try:
+            if self._staging is not None:
+                with self.costs.of("stage_s"):
+                    self._staging.finish()
+            with self.costs.of("write_s"):
+                files = self._pending.write_files(self._images())
+            self._live = {}
+            with self.costs.of("commit_s"):
+                manifest = manifests.encode(self._manifest(self._linked | files))
+                checkpoint = reopen_checkpoint(self._store, self._commit(names, manifest, replace), manifest)
+        except BaseException:
+            self.abort()
+            raise
+        self.costs.bytes_written = len(manifest) + sum(record.bytes for record in files.values())
+        self.costs.bytes_linked = sum(record.bytes for record in self._linked.values())
+        if self._unchanged is not None:
+            self._unchanged.committed(self._plan, checkpoint)
+        return checkpoint
+
+    def abort(self) -> None:
+        """Remove what was written so far. Does nothing once it is committed."""
+        self._pending.abort()
+
+    def _link(self, sources: Mapping[str, Source]) -> None:
+        for name, source in sources.items():
+            if self._pending.link_file(name, source.checkpoint, source.file, source.record.bytes):
+                self._linked[name] = source.record
+
+    def _images(self) -> dict[str, FileImage]:
+        images: dict[str, FileImage] = {name: BytesImage(data) for name, data in self._plan.indexes.items()}
+        if self._staging is not None:
+            return {**self._staging.images, **images}
+        return {**{name: file.image() for name, file in self._live.items()}, **images}
+
+    def _commit(self, names: Iterable[str], manifest: bytes, replace: bool) -> str:
+        publish: Callable[[str, bytes], None] = self._pending.replace if replace else self._pending.commit
+        taken: CheckpointExistsError | None = None
+        for name in names:
+            try:
+                publish(name, manifest)
+            except CheckpointExistsError as error:
+                taken = error
+            else:
+                return name
+        assert taken is not None
+        raise taken
+
+    def _manifest(self, files: dict[str, FileRecord]) -> Manifest:
+        return Manifest(
+            format=manifests.FORMAT,
+            checkpoint_id=self._id,
+            run_id=self._about.run_id,
+            parent=self._about.parent,
+            step=self._about.step,
+            epoch=self._about.epoch,
+            created_at=self._created_at,
+            reason=self._about.reason,
+            metrics=dict(self._about.metrics),
+            state=self._trees,
+            tensors=self._plan.records,
+            aliases=self._aliases,
+            files=files,
+            environment=_environment(),
         )
-        for name, tensor in content.tensors.items()
-    }
 
 
-def _file_blocks(content: CapturedEntry, layout: safetensors.Layout) -> Iterable[memoryview | bytes]:
-    yield layout.prefix
-    for stored in layout.tensors:
-        tensor = content.tensors[stored.name]
-        written = 0
-        for block in tensor.blocks():
-            written += len(block)
-            yield block
-        if written != stored.nbytes:
-            raise UnsupportedValueError(
-                f"{stored.name}: {stored.nbytes} bytes were planned, {written} came; it was resized during the save.",
-                key=stored.name,
-            )
+def _planned(captured: Mapping[str, CapturedEntry], unchanged: Unchanged | None) -> tuple[Plan, dict[str, Source]]:
+    if unchanged is not None:
+        return unchanged.settle(captured, _planner)
+    return _planner.plan(captured), {}
 
 
 def _environment() -> dict[str, Any]:

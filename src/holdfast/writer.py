@@ -2,27 +2,92 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from holdfast.checkpoint import Checkpoint
+from holdfast.errors import SaveTimeoutError, StorageError
 from holdfast.run import Run
+from holdfast.storage.arena import Arena
 
 if TYPE_CHECKING:
-    from holdfast.saving import About
+    from holdfast.saving import About, Save
     from holdfast.state.capture import CapturedEntry
+    from holdfast.state.guard import StepGuard
+    from holdfast.state.unchanged import Unchanged
+
+_logger = logging.getLogger("holdfast")
+_NICE = 10  # the training's threads go first
+_WARM_UP_BYTES = 16 * 2**20  # less is made in no time
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What a save cost. All times in seconds.
+
+    Attributes:
+        step: optimizer steps done when it was saved.
+        mode: ``"background"``, ``"overlap"`` or ``"blocking"``.
+        stall_s: for how long the training stood still: in the call, and in the optimizer's step where that waited.
+        waited_s: of that, for an earlier save to end.
+        capture_s: describing the state and planning the files.
+        stage_s: copying the tensors to where the training cannot reach them; 0 where they were written from where
+            they are.
+        write_s: writing the data files until they were durable.
+        commit_s: the manifest, and the renaming that makes the checkpoint visible.
+        bytes_written: what was written.
+        bytes_linked: what had not changed and was not written again.
+    """
+
+    step: int
+    mode: str
+    stall_s: float
+    waited_s: float
+    capture_s: float
+    stage_s: float
+    write_s: float
+    commit_s: float
+    bytes_written: int
+    bytes_linked: int
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes written per second of writing."""
+        return self.bytes_written / self.write_s if self.write_s else 0.0
+
+    def __str__(self) -> str:
+        linked = f", {self.bytes_linked / 1e6:.1f} MB linked" if self.bytes_linked else ""
+        return (
+            f"{self.bytes_written / 1e6:.1f} MB written at {self.bandwidth / 1e6:.0f} MB/s{linked}; {self.mode}: "
+            f"training stood still for {self.stall_s * 1e3:.1f} ms; staging {self.stage_s:.3f} s, "
+            f"writing {self.write_s:.3f} s, commit {self.commit_s:.3f} s"
+        )
 
 
 class SaveHandle:
     """A save under way. Safe to use from several threads."""
 
-    def __init__(self, future: Future[Checkpoint]) -> None:
+    def __init__(self, step: int, future: Future[Checkpoint], report: Callable[[], SaveReport]) -> None:
+        self.step = step
         self._future = future
+        self._report = report
 
     def done(self) -> bool:
         """Whether the save has ended, well or not. Does not block."""
         return self._future.done()
+
+    def failed(self) -> bool:
+        """Whether the save has ended and is not there. Does not block."""
+        return self._future.done() and self._future.exception() is not None
 
     def result(self, timeout: float | None = None) -> Checkpoint:
         """The committed checkpoint; blocks until it is durable.
@@ -33,58 +98,244 @@ class SaveHandle:
         Raises:
             TimeoutError: the save is still under way after ``timeout``.
             StorageError: the save failed; what was durable before is still there.
+            StrayWriteError: an overlapping save found that a tensor was written while it was copied.
         """
         return self._future.result(timeout)
 
-
-class Writer(Protocol):
-    """Writes what was captured, now or later. What fails is raised by ``check``, once, and by the handle."""
-
-    def submit(self, captured: Mapping[str, CapturedEntry], about: About) -> SaveHandle:
-        """Begin a save of what was captured."""
-
-    def check(self) -> None:
-        """Raise the first failure that was not raised yet."""
-
-    def drain(self) -> None:
-        """Wait until nothing is under way."""
+    def report(self, timeout: float | None = None) -> SaveReport:
+        """What the save cost; blocks until it is durable, and raises as :meth:`result` does."""
+        self._future.result(timeout)
+        return self._report()
 
 
-class BlockingWriter:
-    """Writes at the call.
+class _Costs:
+    """The parts of a save as they go by, seen from the training."""
+
+    def __init__(self, step: int, guard: StepGuard | None) -> None:
+        self.step = step
+        self.mode = "blocking"
+        self._guard = guard
+        self._start_s = time.perf_counter()
+        self._waited_s = 0.0
+        self._capture_s = 0.0
+        self._stall_s: float | None = None
+        self._save: Save | None = None
+
+    def waited(self) -> None:
+        """The save before has ended."""
+        self._waited_s = time.perf_counter() - self._start_s
+
+    def captured(self, save: Save) -> None:
+        """The state is described, and the files are planned."""
+        self._save = save
+        self._capture_s = time.perf_counter() - self._start_s - self._waited_s
+
+    def returned(self) -> None:
+        """The training goes on."""
+        self._stall_s = time.perf_counter() - self._start_s
+
+    def report(self) -> SaveReport:
+        """What it was in all."""
+        assert self._save is not None
+        parts = self._save.costs
+        stall_s = time.perf_counter() - self._start_s if self._stall_s is None else self._stall_s
+        return SaveReport(
+            step=self.step,
+            mode=self.mode,
+            stall_s=stall_s + (self._guard.waited_s if self.mode == "overlap" and self._guard is not None else 0.0),
+            waited_s=self._waited_s,
+            capture_s=self._capture_s,
+            stage_s=parts.stage_s,
+            write_s=parts.write_s,
+            commit_s=parts.commit_s,
+            bytes_written=parts.bytes_written,
+            bytes_linked=parts.bytes_linked,
+        )
+
+
+class Writer:
+    """Writes checkpoints of a run, one at a time: the state is copied at the call, and written in the background.
+
+    What fails in the background is raised by :meth:`check`, once, and by the handle.
 
     Args:
         run: where to.
         after_commit: called with each committed checkpoint; retention runs there, and only there.
+        unchanged: what stood still so far; None writes everything each time.
+        background: whether saves are finished by a thread. Otherwise at the call, without copying the state.
+        guard: for overlapping saves, what holds back the optimizers of the state.
     """
 
-    def __init__(self, run: Run, after_commit: Callable[[Checkpoint], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        after_commit: Callable[[Checkpoint], None],
+        *,
+        unchanged: Unchanged | None = None,
+        background: bool = True,
+        guard: StepGuard | None = None,
+    ) -> None:
         self._run = run
         self._after_commit = after_commit
-        self._failure: BaseException | None = None
+        self._unchanged = unchanged
+        self._arena = Arena() if background else None
+        self._guard = guard
+        self._thread: threading.Thread | None = None
+        self._failures: list[BaseException] = []
+        self._told_of_memory = False
 
-    def submit(self, captured: Mapping[str, CapturedEntry], about: About) -> SaveHandle:
-        """Save, and return the ended save."""
-        future: Future[Checkpoint] = Future()
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, capture: Callable[[], Mapping[str, CapturedEntry]], about: About) -> SaveHandle:
+        """Begin a save. Waits for the one before; blocks until the training may go on.
+
+        Args:
+            capture: captures the state; called when the save before has ended.
+            about: what the checkpoint says of itself.
+        """
+        from holdfast.saving import Save  # torch is needed only here, not for reading a run
+
+        costs = _Costs(about.step, self._guard)
+        self.drain()
+        costs.waited()
+        handle = SaveHandle(about.step, Future(), costs.report)
         try:
-            checkpoint = self._run.write(captured, about)
-        except Exception as error:  # noqa: BLE001 - whatever it is, check() and the handle raise it
-            self._failure = self._failure or error
-            future.set_exception(error)
-            return SaveHandle(future)
-        future.set_result(checkpoint)
+            save = Save(self._run.store, capture(), about, unchanged=self._unchanged)
+        except StorageError as error:  # what the state or its user did wrong is raised here and now
+            self._fail(handle, error)
+            return handle
+        costs.captured(save)
+        if not self._stage(save, costs):
+            self._finish(save, handle)
+            costs.returned()
+            return handle
+        costs.returned()
+        if not self._start(lambda: self._finish(save, handle)):
+            self._finish(save, handle)
+            costs.returned()
+        return handle
+
+    def warm_up(self, nbytes: int) -> None:
+        """Make the memory for copies of a state of about so many bytes, in the background."""
+        if self._arena is not None and self._thread is None and nbytes >= _WARM_UP_BYTES:
+            self._start(lambda: self._reserve(nbytes))
+
+    def check(self) -> None:
+        """Raise the first failure that was not raised yet."""
+        if self._failures:
+            raise self._failures.pop(0)
+
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Wait until nothing is under way.
+
+        Raises:
+            SaveTimeoutError: something still is after ``timeout_s``; it goes on.
+        """
+        thread = self._thread
+        if thread is None:
+            return
+        thread.join(timeout_s)
+        if thread.is_alive():
+            raise SaveTimeoutError(
+                f"{self._run.path}: a save is still being written after {timeout_s:g} s. The checkpoints before it are "
+                "safe; look at whether the disk answers.",
+                path=self._run.path,
+            )
+        self._thread = None
+
+    def close(self) -> None:
+        """Let go of the memory and the optimizers, when nothing is under way."""
+        if self._arena is not None and not self.busy():
+            self._arena.release()
+        if self._guard is not None:
+            self._guard.close()
+
+    def _stage(self, save: Save, costs: _Costs) -> bool:
+        """Copy the state, as much of it as has to be; False where it must be written from where it is."""
+        if self._arena is None:
+            return False
+        try:
+            late = () if self._guard is None else self._guard.addresses()
+            staging = save.stage(self._arena, late)
+        except MemoryError as error:
+            if not self._told_of_memory:
+                self._told_of_memory = True
+                _logger.warning(
+                    "%s: no memory for a copy of the state (%s): saves block until they are durable.",
+                    self._run.path,
+                    error,
+                )
+            return False
+        except BaseException:
+            save.abort()
+            raise
+        costs.mode = "background"
+        if self._guard is not None:
+            costs.mode = "overlap"
+            self._guard.hold(staging)
+        return True
+
+    def _start(self, work: Callable[[], None]) -> bool:
+        """Do ``work`` in the background; False where no thread is to be had."""
+
+        def run() -> None:
+            with contextlib.suppress(OSError, AttributeError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            work()
+
+        thread = threading.Thread(target=run, name="holdfast-writer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        self._thread = thread
+        return True
+
+    def _reserve(self, nbytes: int) -> None:
+        assert self._arena is not None
+        with contextlib.suppress(MemoryError):  # the save that needs it says so
+            self._arena.reserve(nbytes + nbytes // 64)
+
+    def _finish(self, save: Save, handle: SaveHandle) -> None:
+        try:
+            checkpoint = save.finish(self._run.free_names(handle.step))
+        except BaseException as error:
+            self._fail(handle, error)  # whatever it is, nobody may wait for this save for ever
+            if isinstance(error, Exception):
+                return
+            raise
+        handle._future.set_result(checkpoint)
         try:
             self._after_commit(checkpoint)
         except Exception as error:  # noqa: BLE001 - check() raises it
             # The checkpoint is safe, so the handle says so; that others could not be removed is raised by check().
-            self._failure = self._failure or error
-        return SaveHandle(future)
+            self._failures.append(error)
+        self._tell(checkpoint, handle)
 
-    def check(self) -> None:
-        """Raise the first failure that was not raised yet."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+    def _fail(self, handle: SaveHandle, error: BaseException) -> None:
+        self._failures.append(error)
+        handle._future.set_exception(error)
 
-    def drain(self) -> None:
-        """Nothing is ever under way between calls."""
+    def _tell(self, checkpoint: Checkpoint, handle: SaveHandle) -> None:
+        report = handle.report()
+        _logger.info(
+            "saved %s: step %d, epoch %d (%s): %s",
+            checkpoint.path,
+            checkpoint.step,
+            checkpoint.epoch,
+            checkpoint.reason,
+            report,
+        )
+        event: dict[str, Any] = {
+            "event": "save",
+            "checkpoint": checkpoint.name,
+            "reason": checkpoint.reason,
+            "created_at": checkpoint.created_at.isoformat(),
+            **asdict(report),
+        }
+        try:
+            self._run.store.log(msgspec.json.encode(event))
+        except StorageError as error:
+            _logger.warning("%s", error)

@@ -20,7 +20,7 @@ from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import MAX_STEP, is_data_file_name, is_entry_name
 
 FORMAT = "holdfast/1"
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 2048 * 2**10
 MAX_MANIFEST_BYTES = 2**30
 MAX_ANNOTATIONS_BYTES = 2**24
 MAX_DIMENSIONS = 64

@@ -13,7 +13,9 @@ from holdfast.errors import UsageError
 
 MANIFEST = "manifest.json"
 ANNOTATIONS = "annotations.json"
+EVENTS = "events.jsonl"
 DATA_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
 MAX_STEP = 10**12 - 1
 MAX_ENTRY_NAME = 100
 
@@ -23,6 +25,7 @@ _TRASH = re.compile(r"\.trash-([0-9a-f]{16})-(.{1,200})", re.ASCII)
 _ASIDE = re.compile(r"\.aside-([0-9a-f]{16})-(.{1,200})", re.ASCII)
 _STAGED_ANNOTATIONS = re.compile(r"\.annotations\.json\.[0-9a-f]{16}", re.ASCII)
 _ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+_SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}\Z", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -99,8 +102,18 @@ def is_auxiliary(name: str) -> bool:
 
 
 def data_file_name(entry: str) -> str:
-    """The name of the file that holds the tensors of ``entry``."""
+    """The name of the file that holds the tensors of ``entry``, where one holds them all."""
     return entry + DATA_SUFFIX
+
+
+def shard_name(entry: str, number: int, count: int) -> str:
+    """The name of one of several files that hold the tensors of ``entry``; numbers count from 1."""
+    return f"{entry}-{number:05d}-of-{count:05d}{DATA_SUFFIX}"
+
+
+def index_name(entry: str) -> str:
+    """The name of the file that says which tensor of ``entry`` lies in which of its files."""
+    return entry + INDEX_SUFFIX
 
 
 def is_entry_name(name: str) -> bool:
@@ -109,8 +122,16 @@ def is_entry_name(name: str) -> bool:
 
 
 def is_data_file_name(name: str) -> bool:
-    """Whether ``name`` may be the name of a data file: nothing that could leave the directory or hide in it."""
-    return name.endswith(DATA_SUFFIX) and is_entry_name(name.removesuffix(DATA_SUFFIX))
+    """Whether ``name`` may be that of a file with data or an index: nothing that could leave the directory or hide."""
+    for suffix in (INDEX_SUFFIX, DATA_SUFFIX):
+        if name.endswith(suffix):
+            return is_entry_name(_SHARD.sub("", name.removesuffix(suffix)))
+    return False
+
+
+def is_tensor_file_name(name: str) -> bool:
+    """Whether a data file holds tensors; otherwise it is an index of those that do."""
+    return name.endswith(DATA_SUFFIX)
 
 
 def check_entry_names(names: Iterable[object]) -> None:
@@ -122,6 +143,12 @@ def check_entry_names(names: Iterable[object]) -> None:
                 f"state[{name!r}]: the name of an entry becomes the name of a file; expected up to {MAX_ENTRY_NAME} "
                 "ASCII letters, digits, '_', '-' and single '.', starting with a letter or digit.",
                 key=str(name),
+            )
+        if _SHARD.search(name):
+            raise UsageError(
+                f"state[{name!r}]: a name that ends like this is that of one of several files of an entry; choose "
+                "another.",
+                key=name,
             )
         twin = seen.setdefault(name.casefold(), name)
         if twin != name:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
+from holdfast.collector import collector_paused
 from holdfast.errors import UsageError
 from holdfast.format import tree
 from holdfast.format.names import check_entry_names
@@ -17,13 +19,13 @@ from holdfast.state.kinds import Kind, kind_of, name_parameters
 from holdfast.state.modules import module_state
 from holdfast.state.optimizers import ParameterNames, optimizer_state
 from holdfast.state.tensors import (
-    array_blocks,
+    array_address,
     array_identity,
     check_tensor,
-    dtype_name,
+    is_flat,
     memory_format,
     numpy_dtype_name,
-    tensor_blocks,
+    tensor_address,
     tensor_identity,
 )
 
@@ -31,11 +33,13 @@ RNG_ENTRY = "_rng"
 LOOP_ENTRY = "_loop"
 
 
-@dataclass(frozen=True, slots=True)
-class CapturedTensor:
-    """A tensor or array to be written: what it is, and its bytes in logical order.
+class CapturedTensor(msgspec.Struct, frozen=True, gc=False):
+    """A tensor or array to be written: what it is, and where its values are. It refers to the live one.
 
-    It refers to the live tensor; ``blocks`` gives the values at the time of the call.
+    Attributes:
+        frozen: whether it is a parameter that takes no gradients, and so is expected to stay what it is.
+        address: where its values begin; 0 when there are none.
+        flat: whether they lie there, in the CPU's memory, just as they do in the file.
     """
 
     name: str
@@ -43,7 +47,10 @@ class CapturedTensor:
     shape: tuple[int, ...]
     memory_format: str
     device: str
-    blocks: Callable[[], Iterator[memoryview]]
+    value: torch.Tensor | np.ndarray[Any, Any]
+    frozen: bool = False
+    address: int = 0
+    flat: bool = False
 
 
 @dataclass(slots=True)
@@ -70,13 +77,14 @@ def capture(state: Mapping[str, Any], *, generators: bool = True) -> dict[str, C
     if not isinstance(state, Mapping):
         raise UsageError(f"state: expected a mapping of names to objects, found {type(state).__qualname__}.")
     check_entry_names(state)
-    names = name_parameters(state)
-    # Generators first: a state_dict() may draw from them, and saving must not change training.
-    global_state = rng.capture_global() if generators else None
-    captured = {entry: _capture_entry(entry, value, names) for entry, value in state.items()}
-    if global_state is not None:
-        captured[RNG_ENTRY] = _capture_entry(RNG_ENTRY, global_state, names)
-        rng.restore_global(global_state)
+    with collector_paused():
+        names = name_parameters(state)
+        # Generators first: a state_dict() may draw from them, and saving must not change training.
+        global_state = rng.capture_global() if generators else None
+        captured = {entry: _capture_entry(entry, value, names) for entry, value in state.items()}
+        if global_state is not None:
+            captured[RNG_ENTRY] = _capture_entry(RNG_ENTRY, global_state, names)
+            rng.restore_global(global_state)
     return captured
 
 
@@ -105,8 +113,7 @@ class _CaptureLeaves:
     names: ParameterNames
     tensors: dict[str, CapturedTensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    _known: dict[tuple[object, ...], str] = field(default_factory=dict)
-    _alive: list[object] = field(default_factory=list)
+    _at: dict[int, list[_Known]] = field(default_factory=dict)
     _open: set[int] = field(default_factory=set)
 
     def encode(self, value: Any, path: str) -> dict[str, Any] | None:
@@ -142,17 +149,22 @@ class _CaptureLeaves:
             self._open.discard(id(value))
 
     def _tensor(self, tensor: torch.Tensor, path: str) -> str:
-        check_tensor(tensor, path)
+        dtype = check_tensor(tensor, path)
+        flat = is_flat(tensor)
+        address = tensor_address(tensor)
         return self._add(
             tensor,
-            tensor_identity(tensor),
+            address,
             CapturedTensor(
                 name=self._free_name(path),
-                dtype=dtype_name(tensor.dtype),
+                dtype=dtype,
                 shape=tuple(tensor.shape),
-                memory_format=memory_format(tensor),
-                device=str(tensor.device),
-                blocks=lambda: tensor_blocks(tensor),
+                memory_format="contiguous" if flat else memory_format(tensor),
+                device="cpu" if flat else str(tensor.device),
+                value=tensor.detach() if tensor.requires_grad else tensor,
+                frozen=path in self.names.frozen,
+                address=address,
+                flat=flat,
             ),
         )
 
@@ -169,37 +181,57 @@ class _CaptureLeaves:
             shape = source.shape
         name = self._add(
             array,
-            array_identity(array),
+            array_address(array),
             CapturedTensor(
                 name=self._free_name(path),
                 dtype=dtype,
                 shape=shape,
                 memory_format="contiguous",
                 device="cpu",
-                blocks=lambda: array_blocks(source),
+                value=source,
+                address=array_address(source),
+                flat=source.flags.c_contiguous,
             ),
         )
         return name if source is array else [name, array.dtype.str, list(array.shape)]
 
-    def _add(self, value: object, identity: tuple[object, ...] | None, captured: CapturedTensor) -> str:
-        first = None if identity is None else self._known.get(identity)
-        if first is not None:
-            self.aliases[captured.name] = first
-            return captured.name
-        if identity is not None:
-            self._known[identity] = captured.name
-            self._alive.append(value)  # so that no other tensor can take its address before the capture ends
+    def _add(self, value: torch.Tensor | np.ndarray[Any, Any], address: int, captured: CapturedTensor) -> str:
+        """Take a tensor, or note that it is one that was taken already under another name.
+
+        Only tensors at one address can be one, which spares nearly all of them the closer look. What is kept here is
+        alive, so that no other tensor can take its address before the capture ends.
+        """
+        if address:
+            here = self._at.get(address)
+            if here is None:
+                self._at[address] = [(value, captured.name)]
+            else:
+                identity = _identity(value)
+                for other, name in here:
+                    if _identity(other) == identity:
+                        self.aliases[captured.name] = name
+                        return captured.name
+                here.append((value, captured.name))
         self.tensors[captured.name] = captured
         return captured.name
 
     def _free_name(self, path: str) -> str:
-        base = path[len(self.entry) :].removeprefix(".") or self.entry
+        start = len(self.entry)
+        base = path[start + 1 :] if path[start : start + 1] == "." else path[start:] or self.entry
         name = base
         number = 1
         while name in self.tensors or name in self.aliases or name == "__metadata__":
             number += 1
             name = f"{base}#{number}"  # {"a.b": x, "a": {"b": y}} gives two tensors one path
         return name
+
+
+_Known = tuple[torch.Tensor | np.ndarray[Any, Any], str]
+"""What was captured, and the name it got."""
+
+
+def _identity(value: torch.Tensor | np.ndarray[Any, Any]) -> tuple[object, ...]:
+    return tensor_identity(value) if isinstance(value, torch.Tensor) else array_identity(value)
 
 
 _TORCH_VALUES: dict[type, Callable[[Any], dict[str, Any]]] = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from holdfast.format.tree import child
 from holdfast.state.modules import parameter_names
@@ -47,8 +48,11 @@ def kind_of(value: object) -> Kind | None:
 
 def live_objects(value: object, path: str = "") -> Iterator[tuple[str, Any, Kind | None]]:
     """Every live object and tensor in a nesting of plain containers, with its path."""
+    if isinstance(value, torch.Tensor):
+        yield path, value, None
+        return
     kind = kind_of(value)
-    if kind is not None or isinstance(value, torch.Tensor):
+    if kind is not None:
         yield path, value, kind
     elif isinstance(value, Mapping):
         for key, item in value.items():
@@ -58,13 +62,33 @@ def live_objects(value: object, path: str = "") -> Iterator[tuple[str, Any, Kind
             yield from live_objects(item, f"{path}[{index}]")
 
 
+def estimated_nbytes(state: Mapping[str, Any]) -> int:
+    """About how many bytes the tensors of a state have: what modules, optimizers and containers hold now."""
+    seen: dict[int, int] = {}
+    for _, value, kind in live_objects(state):
+        found: Iterable[object] = ()
+        if kind is None:
+            found = (value,)
+        elif kind is Kind.MODULE:
+            found = (*value.parameters(), *value.buffers())
+        elif kind is Kind.OPTIMIZER:
+            found = (slot for slots in value.state.values() for slot in slots.values())
+        for tensor in found:
+            if isinstance(tensor, torch.Tensor) and not is_lazy(tensor):
+                seen[id(tensor)] = tensor.nbytes
+    return sum(seen.values())
+
+
 def name_parameters(state: Mapping[str, Any]) -> ParameterNames:
     """The names of all parameters of a state, by identity."""
     by_identity: dict[int, list[str]] = {}
+    frozen: set[str] = set()
     for path, value, kind in live_objects(state):
         if kind is Kind.MODULE:
             for name, parameter in parameter_names(value):
                 by_identity.setdefault(id(parameter), []).append(f"{path}.{name}")
+                if not parameter.requires_grad:
+                    frozen.add(f"{path}.{name}")
         elif kind is None:
             by_identity.setdefault(id(value), []).append(path)
-    return ParameterNames(by_identity)
+    return ParameterNames(by_identity, frozen)

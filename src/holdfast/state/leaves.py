@@ -14,7 +14,9 @@ from holdfast.checkpoint import Checkpoint
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import TensorRecord, is_shape
 from holdfast.format.tree import plain_numpy_dtype
-from holdfast.state.tensors import array_sink, new_tensor, tensor_sink
+from holdfast.state.tensors import new_tensor, tensor_sink
+from holdfast.storage.boxes import array_sink
+from holdfast.storage.reading import Read
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +156,14 @@ def fill(
         copies: what, and where to.
         whole: verify also the chunks that hold none of it.
     """
-    wanted = []
+    wanted: dict[str, list[Read]] = {}
     for saved, target in copies:
-        for piece in saved.record.pieces:
-            if isinstance(saved, SavedArray):
-                wanted.append((saved.key, piece, array_sink(target)))
-            elif saved.record.nbytes:
-                wanted.append((saved.key, piece, tensor_sink(target, saved.record, piece)))
-    checkpoint.read_pieces(wanted, whole=whole)
+        record = saved.record
+        itemsize = DTYPES[record.dtype].itemsize
+        for piece in record.pieces:
+            nbytes = math.prod(piece.shape) * itemsize
+            if nbytes:
+                is_array = isinstance(saved, SavedArray)
+                sink = array_sink(target) if is_array else tensor_sink(target, record, piece)
+                wanted.setdefault(piece.file, []).append(Read(piece.begin, nbytes, sink))
+    checkpoint.read_files(wanted, whole=whole)

@@ -21,9 +21,9 @@ _WRAPPERS = {
 }
 
 
-def _wrapped_attribute(module: torch.nn.Module) -> str | None:
+def _wrapped_attribute(kind: type[torch.nn.Module]) -> str | None:
     """The attribute under which a wrapper holds what it wraps; None for everything else."""
-    for base in type(module).__mro__:
+    for base in kind.__mro__:
         attribute = _WRAPPERS.get((base.__module__, base.__qualname__))
         if attribute is not None:
             return attribute
@@ -36,8 +36,12 @@ def name_cleaner(module: torch.nn.Module) -> Callable[[str], str]:
     A submodule that is really called ``module`` keeps its name: what counts is what stands at that place.
     """
     inserted = set()
+    attributes: dict[type[torch.nn.Module], str | None] = {}
     for path, submodule in module.named_modules(remove_duplicate=False):
-        attribute = _wrapped_attribute(submodule)
+        kind = type(submodule)
+        if kind not in attributes:
+            attributes[kind] = _wrapped_attribute(kind)
+        attribute = attributes[kind]
         if attribute is not None:
             inserted.add(f"{path}.{attribute}" if path else attribute)
     if not inserted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +16,15 @@ _FOLLOWS_PARAMETERS = ("lr", "initial_lr")
 
 @dataclass(slots=True)
 class ParameterNames:
-    """The names that the tensors of a state have, by identity: ``model.fc.weight`` for ``fc.weight`` in ``model``."""
+    """The names that the tensors of a state have, by identity: ``model.fc.weight`` for ``fc.weight`` in ``model``.
+
+    Attributes:
+        by_identity: by the ``id`` of a tensor, all its names, the one used for saving first.
+        frozen: names of parameters that take no gradients.
+    """
 
     by_identity: dict[int, list[str]]
+    frozen: set[str] = field(default_factory=set)
 
     def of(self, parameter: torch.Tensor) -> list[str]:
         """All names of ``parameter``, the one used for saving first."""

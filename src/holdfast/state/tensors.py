@@ -1,8 +1,7 @@
-"""Tensors and arrays to bytes in logical order, and back, a few megabytes at a time."""
+"""Tensors and arrays: what they are, how the manifest calls that, and how saved bytes get into them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,14 @@ from holdfast.errors import UnsupportedValueError
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import Piece, TensorRecord
 from holdfast.format.tree import unsupported
-from holdfast.storage.scatter import Sink
-
-BLOCK_BYTES = 8 * 2**20
+from holdfast.storage.boxes import BoxSink, FlatSink, box_of
+from holdfast.storage.reading import Sink
 
 _TORCH_DTYPES: dict[torch.dtype, str] = {
     getattr(torch, name): name for name in DTYPES if isinstance(getattr(torch, name, None), torch.dtype)
 }
 _NUMPY_DTYPES: dict[np.dtype[Any], str] = {np.dtype(d.numpy): d.name for d in DTYPES.values() if d.numpy is not None}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
@@ -31,8 +30,19 @@ _MEMORY_FORMATS = {
 # ----------------------------------------------------------------------------------------------------- what they are
 
 
-def check_tensor(tensor: torch.Tensor, path: str) -> None:
-    """Refuse tensors whose values cannot be written exactly, with the way out."""
+def check_tensor(tensor: torch.Tensor, path: str) -> str:
+    """Refuse tensors whose values cannot be written exactly, with the way out; returns the name of the dtype.
+
+    Nearly all tensors are plain ones, and there may be many: three looks tell one.
+    """
+    name = _TORCH_DTYPES.get(tensor.dtype)
+    if name is None or type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
+        _refuse_strange(tensor, path)
+        assert name is not None
+    return name
+
+
+def _refuse_strange(tensor: torch.Tensor, path: str) -> None:
     if is_lazy(tensor):
         raise unsupported(tensor, path, "Run one forward pass first, so that the lazy module gets its shapes.")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -84,24 +94,38 @@ def memory_format(tensor: torch.Tensor) -> str:
     return "contiguous"
 
 
-def tensor_identity(tensor: torch.Tensor) -> tuple[object, ...] | None:
-    """What two tensors share exactly if they are one: while both are alive, so the caller keeps them alive.
+def tensor_address(tensor: torch.Tensor) -> int:
+    """Where a tensor's values begin; 0 when it has none. Another tensor may take the address when this one is gone."""
+    return tensor.data_ptr()
 
-    An address alone would not do: it is reused, and tensors without elements have none.
+
+def tensor_version(value: torch.Tensor | np.ndarray[Any, Any]) -> int:
+    """How often it was written in place, as far as torch counts; 0 where it does not (inference mode, arrays).
+
+    Writes through ``.data``, through numpy and by fused optimizers are not counted: this can show that something was
+    written, never that nothing was.
     """
-    if tensor.numel() == 0:
-        return None
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+
+
+def array_address(array: np.ndarray[Any, Any]) -> int:
+    """The same for arrays."""
+    return array.ctypes.data if array.size else 0
+
+
+def tensor_identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What two tensors with elements share exactly if they are one: while both are alive.
+
+    An address alone would not do: views of another shape or type may begin at the same place.
+    """
     storage = tensor.untyped_storage()._cdata
     flags = (tensor.is_conj(), tensor.is_neg())
     return ("torch", storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, flags)
 
 
-def array_identity(array: np.ndarray[Any, Any]) -> tuple[object, ...] | None:
+def array_identity(array: np.ndarray[Any, Any]) -> tuple[object, ...]:
     """The same for arrays."""
-    if array.size == 0:
-        return None
-    address = array.__array_interface__["data"][0]
-    return ("numpy", address, array.shape, array.strides, array.dtype.str)
+    return ("numpy", array.ctypes.data, array.shape, array.strides, array.dtype.str)
 
 
 def new_tensor(record: TensorRecord, device: torch.device | str) -> torch.Tensor:
@@ -114,116 +138,22 @@ def new_tensor(record: TensorRecord, device: torch.device | str) -> torch.Tensor
     )
 
 
-# -------------------------------------------------------------------------------------------------------- to bytes
+# -------------------------------------------------------------------------------------------------- bytes in memory
 
 
-def tensor_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The bytes of ``tensor`` in logical order; without a copy where it lies so in the CPU's memory.
-
-    A block is valid until the next one is asked for.
-    """
-    tensor = tensor.detach()
-    if _is_flat(tensor):
-        yield _flat_bytes(tensor)
-        return
-    # One buffer for all blocks: each is written before the next is asked for, and a new one each time would leave the
-    # allocator with several times as much.
-    buffer = torch.empty(0, dtype=tensor.dtype)
-    for block in split(tensor, tensor.element_size()):
-        if buffer.numel() < block.numel():
-            buffer = torch.empty(block.numel(), dtype=tensor.dtype)
-        target = buffer[: block.numel()].view(block.shape)
-        target.copy_(block)
-        yield _flat_bytes(target)
-
-
-def array_blocks(array: np.ndarray[Any, Any]) -> Iterator[memoryview]:
-    """The bytes of ``array`` in logical order."""
-    for block in [array] if array.flags.c_contiguous else split(array, array.itemsize):
-        yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
-
-
-def split(value: Any, itemsize: int) -> Iterator[Any]:
-    """Views of a tensor or array, in logical order, of at most ``BLOCK_BYTES`` each."""
-    shape = value.shape
-    count = int(np.prod(shape, dtype=np.int64))
-    if len(shape) == 0 or count * itemsize <= BLOCK_BYTES:
-        yield value
-        return
-    row_bytes = count // shape[0] * itemsize
-    rows = BLOCK_BYTES // row_bytes
-    if rows == 0:
-        for index in range(shape[0]):
-            yield from split(value[index], itemsize)
-    else:
-        for index in range(0, shape[0], rows):
-            yield value[index : index + rows]
-
-
-def _is_flat(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _flat_bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-# ------------------------------------------------------------------------------------------------------- from bytes
+def is_flat(tensor: torch.Tensor) -> bool:
+    """Whether the tensor lies in the CPU's memory just as its bytes do in a file."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def tensor_sink(tensor: torch.Tensor, record: TensorRecord, piece: Piece) -> Sink:
     """What takes the bytes of ``piece`` into its box of ``tensor``, converting where the dtypes differ."""
-    box = tensor.detach()
-    for dimension, start in enumerate(piece.offset):
-        box = box.narrow(dimension, start, piece.shape[dimension])
+    box = box_of(tensor.detach(), piece.offset, piece.shape)
     saved_dtype = torch_dtype(record.dtype)
-    if _is_flat(box) and box.dtype == saved_dtype:
-        return flat_sink(_flat_bytes(box))
-    blocks = split(box, DTYPES[record.dtype].itemsize)
+    if box.dtype == saved_dtype and is_flat(box):
+        return FlatSink(box, box.data_ptr())
 
-    def fill(block: torch.Tensor, data: bytearray) -> None:
-        source = torch.frombuffer(data, dtype=torch.uint8).view(saved_dtype).reshape(block.shape)
-        block.copy_(source)
+    def fill(view: torch.Tensor, data: memoryview) -> None:
+        view.copy_(torch.frombuffer(data, dtype=saved_dtype).view(view.shape))
 
-    return _staged(blocks, DTYPES[record.dtype].itemsize, fill)
-
-
-def array_sink(array: np.ndarray[Any, Any]) -> Sink:
-    """What takes the bytes of a whole array, in logical order."""
-    if array.flags.c_contiguous:
-        return flat_sink(array.reshape(-1).view(np.uint8).data)
-
-    def fill(block: np.ndarray[Any, Any], data: bytearray) -> None:
-        block[...] = np.frombuffer(data, array.dtype).reshape(block.shape)
-
-    return _staged(split(array, array.itemsize), array.itemsize, fill)
-
-
-def flat_sink(view: memoryview) -> Sink:
-    """What takes bytes straight to where they belong."""
-    target = np.frombuffer(view, np.uint8) if len(view) else np.empty(0, np.uint8)
-
-    def write(offset: int, data: memoryview) -> None:
-        target[offset : offset + len(data)] = data
-
-    return write
-
-
-def _staged(blocks: Iterator[Any], itemsize: int, fill: Callable[[Any, bytearray], None]) -> Sink:
-    """What collects bytes until a block of the destination is complete, and then fills it."""
-    staged = bytearray()
-    block = next(blocks)
-
-    def write(offset: int, data: memoryview) -> None:
-        nonlocal block, staged
-        while len(data):
-            wanted = int(np.prod(block.shape, dtype=np.int64)) * itemsize
-            taken = min(wanted - len(staged), len(data))
-            staged += data[:taken]
-            data = data[taken:]
-            if len(staged) == wanted:
-                fill(block, staged)
-                staged = bytearray()
-                block = next(blocks, None)
-
-    return write
+    return BoxSink(box, DTYPES[record.dtype].itemsize, fill)

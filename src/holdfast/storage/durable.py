@@ -8,10 +8,11 @@ file contents          fsync of the file. A failure is final for that descriptor
                        fails and new inodes are written by the next attempt.
 names                  fsync of the directory. Some file systems (FUSE, SMB) answer EINVAL or ENOTSUP: they keep
                        names by other means or not at all, and there is nothing more to ask for.
-space                  posix_fallocate, so that a full disk fails before anything else is tried. Optional.
+space                  fallocate, so that a full disk fails before anything else is tried. Optional.
 publishing             renameat2(RENAME_NOREPLACE). Without it, rename: a directory never replaces one that holds
                        something, so the only thing that could be replaced is an empty directory.
 replacing              renameat2(RENAME_EXCHANGE). Without it, the old one steps aside first (see ``local``).
+sharing                link. Where a file system has no links, or no more of them, the bytes are written again.
 exclusion              flock. Released by the kernel when its holder dies, however it dies. Where it is missing,
                        nothing is taken for abandoned unless its writer is known to be dead.
 =====================  =========================================================================================
@@ -28,12 +29,14 @@ import os
 import stat
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _NO_SUPPORT = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.ENOLCK})
+_NO_LINK = _NO_SUPPORT | {errno.ENOENT, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK}
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 class Lock(enum.Enum):
@@ -172,19 +175,48 @@ def open_file(directory: Descriptor, name: str) -> Descriptor:
 
 def preallocate(file: Descriptor, nbytes: int) -> None:
     """Reserve the space of a file, so that a full disk is found out before the first byte."""
-    if nbytes == 0 or not hasattr(os, "posix_fallocate"):
+    if nbytes == 0:
         return
     try:
-        os.posix_fallocate(file.fd, 0, nbytes)
+        _fallocate(file.fd, nbytes)
     except OSError as error:
         if error.errno not in _NO_SUPPORT:
             raise
+
+
+def _fallocate(fd: int, nbytes: int) -> None:
+    """fallocate(2). Not posix_fallocate: where a file system cannot, the C library writes into every block instead."""
+    function = getattr(_libc, "fallocate", None)
+    if function is None:
+        return
+    if function(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def write_all(file: Descriptor, data: memoryview) -> None:
     """Write all of ``data`` at the file's position."""
     while len(data):
         data = data[os.write(file.fd, data) :]
+
+
+def write_at(file: Descriptor, offset: int, views: Sequence[memoryview]) -> None:
+    """Write all of ``views``, one after the other, at ``offset``. Several threads may write different places."""
+    left = [view for view in views if len(view)]
+    while left:
+        count = os.pwritev(file.fd, left, offset)
+        offset += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if count:
+            left[0] = left[0][count:]
+
+
+def begin_writeback(file: Descriptor, offset: int, nbytes: int) -> None:
+    """Have the kernel begin to write what was just written, instead of at the fsync. A hint: nothing relies on it."""
+    function = getattr(_libc, "sync_file_range", None)
+    if function is not None:
+        function(file.fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
 
 def sync_file(file: Descriptor) -> None:
@@ -197,6 +229,31 @@ def write_file(directory: Descriptor, name: str, data: bytes) -> None:
     with create_file(directory, name) as file:
         write_all(file, memoryview(data))
         sync_file(file)
+
+
+def link_file(source: Descriptor, file: str, directory: Descriptor, name: str, nbytes: int) -> bool:
+    """Make ``file`` in ``source`` known as ``name`` in ``directory`` too; False where that cannot be.
+
+    Durable with the next sync of ``directory``: the contents are, since the file belongs to a committed checkpoint.
+    """
+    try:
+        os.link(file, name, src_dir_fd=source.fd, dst_dir_fd=directory.fd, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in _NO_LINK:
+            return False
+        raise
+    linked = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
+    if stat.S_ISREG(linked.st_mode) and linked.st_size == nbytes:
+        return True
+    unlink_files(directory, [name])
+    return False
+
+
+def append_line(directory: Descriptor, name: str, line: bytes) -> None:
+    """Append to a file that nothing depends on; one write, so that lines of several writers do not mix."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    with Descriptor(os.open(name, flags, 0o666, dir_fd=directory.fd)) as file:
+        write_all(file, memoryview(line))
 
 
 def replace_file(directory: Descriptor, name: str, staged: str, data: bytes) -> None:

@@ -5,7 +5,7 @@ step may be moved before another:
 
 1. the directory it will stand in exists, durably;
 2. ``.tmp-...`` is made in it, and locked for as long as its writer lives;
-3. each data file is written and synced;
+3. the data files are written and synced;
 4. the manifest is written and synced, then the temporary directory;
 5. the temporary directory is renamed to its final name, then the parent directory is synced.
 
@@ -19,12 +19,13 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Mapping
 
-from holdfast.errors import CheckpointExistsError, RunBusyError, StorageError, storage_errors
+from holdfast.errors import CheckpointExistsError, RunBusyError, storage_errors
 from holdfast.format.manifest import FileRecord
 from holdfast.format.names import (
     ANNOTATIONS,
+    EVENTS,
     MANIFEST,
     TemporaryName,
     aside_name,
@@ -37,8 +38,9 @@ from holdfast.format.names import (
     trash_name,
 )
 from holdfast.storage import durable
-from holdfast.storage.chunks import ChunkHasher, gathered
 from holdfast.storage.durable import Descriptor, Lock
+from holdfast.storage.store import FileImage
+from holdfast.storage.writing import write_files
 
 # A writer on another host is given up for dead only after this long without a sign of life, by the file system's own
 # clock, and only when its lock is free as well: some network file systems keep locks to one host.
@@ -117,20 +119,19 @@ class LocalPending:
         self._committed = False
         self._sealed = False
 
-    def write_file(self, name: str, blocks: Iterable[memoryview | bytes], nbytes: int) -> FileRecord:
-        """Write a data file, durably, and return its record."""
-        with storage_errors("cannot write", os.path.join(self._store_path, self._name, name)):
-            hasher = ChunkHasher()
-            with durable.create_file(self._directory, name) as file:
-                durable.preallocate(file, nbytes)
-                for view in gathered(blocks):
-                    durable.write_all(file, view)
-                    hasher.update(view)
-                durable.sync_file(file)
-        record = hasher.record()
-        if record.bytes != nbytes:
-            raise StorageError(f"{name}: {nbytes} bytes were planned, {record.bytes} came", path=self._store_path)
-        return record
+    def link_file(self, name: str, checkpoint: str, file: str, nbytes: int) -> bool:
+        """Take a file of a committed checkpoint as ``name``; False where that cannot be."""
+        with storage_errors("cannot link", os.path.join(self._store_path, checkpoint, file)):
+            try:
+                source = durable.open_directory(checkpoint, self._parent)
+            except FileNotFoundError:
+                return False
+            with source:
+                return durable.link_file(source, file, self._directory, name, nbytes)
+
+    def write_files(self, images: Mapping[str, FileImage]) -> dict[str, FileRecord]:
+        """Write the data files, durably, and return their records."""
+        return write_files(self._directory, images, os.path.join(self._store_path, self._name))
 
     def commit(self, name: str, manifest: bytes) -> None:
         """Make the checkpoint durable and visible as ``name``."""
@@ -224,6 +225,22 @@ class LocalStore:
             except BaseException:
                 parent.close()
                 raise
+
+    def log(self, line: bytes) -> None:
+        """Append a line to ``events.jsonl``."""
+        with storage_errors("cannot write", os.path.join(self.path, EVENTS)), self._parent() as parent:
+            durable.append_line(parent, EVENTS, line + b"\n")
+
+    def log_lines(self) -> list[bytes]:
+        """The lines of ``events.jsonl``; the last one only when it is whole."""
+        with storage_errors("cannot read", os.path.join(self.path, EVENTS)):
+            try:
+                with self._parent() as parent, LocalFile(durable.open_file(parent, EVENTS)) as file:
+                    data = bytearray(file.nbytes)
+                    count = file.read_into(0, memoryview(data))
+            except FileNotFoundError:
+                return []
+        return bytes(data[:count]).split(b"\n")[:-1]
 
     def annotate(self, name: str, data: bytes) -> None:
         """Replace the annotations of a checkpoint atomically."""

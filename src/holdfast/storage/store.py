@@ -5,7 +5,7 @@ It speaks of checkpoints, files and commits, never of paths and renames, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Protocol
 
 from holdfast.format.manifest import FileRecord
@@ -44,11 +44,31 @@ class StoredCheckpoint(Protocol):
         """Let go of it."""
 
 
+class FileImage(Protocol):
+    """The bytes that a data file is to have, wherever they are now."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many they are."""
+
+    def read(self, begin: int, room: memoryview) -> memoryview:
+        """As many of them as ``room`` is long, from ``begin``: gathered in ``room``, or where they lie already.
+
+        Where they lie already, they lie at a multiple of 4096 if ``begin`` is one. Called from several threads.
+        """
+
+
 class PendingCheckpoint(Protocol):
     """A save under way: invisible until committed."""
 
-    def write_file(self, name: str, blocks: Iterable[memoryview | bytes], nbytes: int) -> FileRecord:
-        """Write a data file of ``nbytes`` from ``blocks``, durably, and return its record."""
+    def link_file(self, name: str, checkpoint: str, file: str, nbytes: int) -> bool:
+        """Take a file of a committed checkpoint as ``name``, without writing its bytes again.
+
+        False where that cannot be: the checkpoint is gone, the file has not ``nbytes``, or there are no links here.
+        """
+
+    def write_files(self, images: Mapping[str, FileImage]) -> dict[str, FileRecord]:
+        """Write the data files, durably, and return the record of each. Called once."""
 
     def commit(self, name: str, manifest: bytes) -> None:
         """Make the checkpoint durable and visible as ``name``.
@@ -77,6 +97,12 @@ class Store(Protocol):
 
     def create(self, step: int) -> PendingCheckpoint:
         """Begin a save."""
+
+    def log(self, line: bytes) -> None:
+        """Append a line to what is known of past saves; losing it loses no checkpoint."""
+
+    def log_lines(self) -> list[bytes]:
+        """The lines of that log, oldest first; none where there is none."""
 
     def annotate(self, name: str, data: bytes) -> None:
         """Replace the annotations of a checkpoint atomically."""

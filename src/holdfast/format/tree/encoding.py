@@ -88,9 +88,13 @@ class _Encoder:
             self.hashed = before
 
     def dict(self, mapping: dict[Any, Any], path: str) -> Json:
-        if all(type(key) is str and not key.startswith("$") for key in mapping):
-            return {_text(key, path): self.value(item, child(path, key)) for key, item in mapping.items()}
-        return {"$dict": self.pairs(mapping, path)}
+        for key in mapping:
+            if type(key) is not str or key[:1] == "$":
+                return {"$dict": self.pairs(mapping, path)}
+        within = f"{path}." if path else ""  # what child() puts before a text, once instead of for each
+        return {
+            key if key.isascii() else _text(key, path): self.value(item, within + key) for key, item in mapping.items()
+        }
 
 
 def encode(value: Any, path: str, leaves: LeafEncoder) -> Json:

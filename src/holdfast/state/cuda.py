@@ -1,0 +1,61 @@
+"""Copies from CUDA devices to the host: queued on streams of their own, so that neither side waits for the other.
+
+Not run on a device yet: its tests are skipped where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from holdfast.storage import memory
+
+
+class DeviceCopies:
+    """Copies of tensors into host memory, under way on each device.
+
+    Args:
+        rooms: tensors, each with the memory that takes its bytes in logical order. Pinned memory makes them quick.
+        hold: whether later work on the devices waits for them at once; else :meth:`hold_device` says when.
+    """
+
+    def __init__(self, rooms: Sequence[tuple[torch.Tensor, memoryview]], *, hold: bool = True) -> None:
+        self._rooms = list(rooms)  # the memory must stay until the copies are done
+        self._ends: list[tuple[torch.device, torch.cuda.Event]] = []
+        for device in {tensor.device for tensor, _ in rooms}:
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for tensor, room in rooms:
+                    if tensor.device == device:
+                        target = torch.frombuffer(room, dtype=tensor.dtype).view(tensor.shape)
+                        target.copy_(tensor, non_blocking=True)
+                        tensor.record_stream(stream)
+            self._ends.append((device, stream.record_event()))
+        if hold:
+            self.hold_device()
+
+    def hold_device(self) -> None:
+        """Have what is queued from now on, on the current stream of each device, wait for the copies."""
+        for device, end in self._ends:
+            torch.cuda.current_stream(device).wait_event(end)
+
+    def wait(self) -> None:
+        """Return when all bytes have arrived."""
+        for _, end in self._ends:
+            end.synchronize()
+        self._rooms = []
+
+
+def pin(room: memoryview) -> bool:
+    """Register memory with the driver, so that devices copy to it directly; False where that cannot be."""
+    if not len(room) or not torch.cuda.is_available():
+        return False
+    code = torch.cuda.cudart().cudaHostRegister(memory.address_of(room), len(room), 0)
+    return int(code) == 0
+
+
+def unpin(room: memoryview) -> None:
+    """Take that back, before the memory goes."""
+    torch.cuda.cudart().cudaHostUnregister(memory.address_of(room))

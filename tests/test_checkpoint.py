@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError, Uns
 from holdfast.format import manifest as manifests
 from holdfast.format import safetensors
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import Manifest, Piece, TensorRecord
+from holdfast.format.manifest import FileRecord, Manifest, Piece, TensorRecord
 from holdfast.format.tree import Opaque
-from holdfast.storage.chunks import ChunkHasher
 from holdfast.storage.local import LocalStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+Boxes = list[tuple[tuple[int, ...], tuple[int, ...]]]
+Sharded = Callable[[Path, np.ndarray[Any, Any], Boxes], Path]
 
 
 def tied() -> torch.nn.Module:
@@ -109,47 +112,47 @@ def test_reading_what_is_not_there(saved: Path, name: str) -> None:
         holdfast.open(saved).read(name)
 
 
-def sharded(root: Path, array: np.ndarray[Any, Any], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Path:
-    """A checkpoint of one tensor in several boxes (offset, shape), two files in turn; chunks of 4096 bytes."""
-    store = LocalStore(root)
-    pending = store.create(0)
-    contents: dict[str, list[tuple[int, np.ndarray[Any, Any]]]] = {"a.safetensors": [], "b.safetensors": []}
-    for index, (offset, shape) in enumerate(boxes):
-        box = array[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-        contents[("a.safetensors", "b.safetensors")[index % 2]].append((index, box))
-    files, pieces = {}, {}
-    for name, parts in contents.items():
-        layout = safetensors.plan([(f"w{index}", "F32", box.shape) for index, box in parts], {})
-        blocks = [layout.prefix, *(np.ascontiguousarray(box).tobytes() for _, box in parts)]
-        pending.write_file(name, blocks, layout.nbytes)
-        hasher = ChunkHasher(4096)
-        for block in blocks:
-            hasher.update(memoryview(block))
-        files[name] = hasher.record()
-        for (index, box), stored in zip(parts, layout.tensors, strict=True):
-            pieces[index] = Piece(name, stored.name, stored.begin, box.shape, boxes[index][0])
-    record = TensorRecord("float32", array.shape, tuple(pieces[index] for index in range(len(boxes))))
-    manifest = Manifest(
-        format=manifests.FORMAT,
-        checkpoint_id="0" * 32,
-        run_id="0" * 32,
-        parent=None,
-        step=0,
-        epoch=0,
-        created_at="2026-01-01T00:00:00+00:00",
-        reason="test",
-        metrics={},
-        state={"e": {"w": {"$tensor": "w"}}},
-        tensors={"e": {"w": record}},
-        aliases={},
-        files=files,
-        environment={},
-    )
-    pending.commit("x", manifests.encode(manifest))
-    return root / "x"
+@pytest.fixture
+def sharded(image: Any, record_of: Callable[[bytes, int], FileRecord]) -> Sharded:
+    """Makes a checkpoint of one tensor in several boxes (offset, shape), two files in turn; chunks of 4096 bytes."""
+
+    def make(root: Path, array: np.ndarray[Any, Any], boxes: Boxes) -> Path:
+        pending = LocalStore(root).create(0)
+        contents: dict[str, list[tuple[int, np.ndarray[Any, Any]]]] = {"a.safetensors": [], "b.safetensors": []}
+        for index, (offset, shape) in enumerate(boxes):
+            box = array[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+            contents[("a.safetensors", "b.safetensors")[index % 2]].append((index, box))
+        data, pieces = {}, {}
+        for name, parts in contents.items():
+            layout = safetensors.plan([(f"w{index}", "F32", box.shape) for index, box in parts], {})
+            data[name] = layout.prefix + b"".join(box.tobytes() for _, box in parts)
+            for (index, box), stored in zip(parts, layout.tensors, strict=True):
+                pieces[index] = Piece(name, stored.name, stored.begin, box.shape, boxes[index][0])
+        pending.write_files({name: image(content) for name, content in data.items()})
+        record = TensorRecord("float32", array.shape, tuple(pieces[index] for index in range(len(boxes))))
+        manifest = Manifest(
+            format=manifests.FORMAT,
+            checkpoint_id="0" * 32,
+            run_id="0" * 32,
+            parent=None,
+            step=0,
+            epoch=0,
+            created_at="2026-01-01T00:00:00+00:00",
+            reason="test",
+            metrics={},
+            state={"e": {"w": {"$tensor": "w"}}},
+            tensors={"e": {"w": record}},
+            aliases={},
+            files={name: record_of(content, 4096) for name, content in data.items()},
+            environment={},
+        )
+        pending.commit("x", manifests.encode(manifest))
+        return root / "x"
+
+    return make
 
 
-GRIDS: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {
+GRIDS: dict[str, Boxes] = {
     "whole": [((0, 0), (60, 70))],
     "rows": [((0, 0), (20, 70)), ((20, 0), (40, 70))],
     "columns": [((0, 0), (60, 1)), ((0, 1), (60, 69))],
@@ -159,7 +162,7 @@ GRIDS: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_tensor_in_pieces(tmp_path: Path, grid: str) -> None:
+def test_a_tensor_in_pieces(tmp_path: Path, sharded: Sharded, grid: str) -> None:
     """Boxes in several files and chunks come together, in numpy and in torch."""
     array = np.random.default_rng(0).random((60, 70), np.float32)
     path = sharded(tmp_path, array, GRIDS[grid])
@@ -180,7 +183,7 @@ def test_verifying_reports_progress(saved: Path) -> None:
     assert sum(done) == checkpoint.nbytes
 
 
-def test_a_header_that_tells_another_story(tmp_path: Path) -> None:
+def test_a_header_that_tells_another_story(tmp_path: Path, sharded: Sharded) -> None:
     """Other tools go by the header: verify compares it with the manifest."""
     array = np.zeros((60, 70), np.float32)
     path = sharded(tmp_path, array, GRIDS["rows"])

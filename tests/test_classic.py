@@ -24,6 +24,7 @@ from holdfast.errors import (
     UsageError,
 )
 from holdfast.format.names import aside_name
+from holdfast.storage.local import LocalPending
 
 
 def parts(seed: int = 0, steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
@@ -120,7 +121,7 @@ def test_a_failed_replacement_leaves_the_old_one(tmp_path: Path, monkeypatch: py
     def fail(*arguments: Any) -> None:
         raise StorageError("no space")
 
-    monkeypatch.setattr("holdfast.saving._commit", fail)
+    monkeypatch.setattr(LocalPending, "replace", fail)
     with pytest.raises(StorageError, match="no space"):
         save_checkpoint(*parts(), 2, 0.4, tmp_path / "best.pt")
     assert load_checkpoint(*parts(), tmp_path / "best.pt", "cpu") == (1, 0.5)
@@ -207,7 +208,7 @@ def test_rotation_saves_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def fail(*arguments: Any) -> None:
         raise StorageError("no space")
 
-    monkeypatch.setattr("holdfast.saving._commit", fail)
+    monkeypatch.setattr(LocalPending, "commit", fail)
     with pytest.raises(StorageError):
         save_rotating_checkpoint({"epoch": 3}, tmp_path / "c3", keep_last=1)
     assert names(tmp_path) == ["c1", "c2"]

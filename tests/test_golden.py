@@ -146,3 +146,38 @@ def test_it_restores(golden: Run, maker: ModuleType) -> None:
     assert live["optimizer"].param_groups[0]["lr"] == 0.125
     assert live["values"]["codec"] is Color.RED
     assert np.array_equal(live["arrays"]["plain"], [0, 1, 2])
+
+
+# ------------------------------------------------------------------------------------------------------- shared files
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Run:
+    """A copy of the run whose checkpoints share a file."""
+    return Run(shutil.copytree(GOLDEN / "format-1-shared", tmp_path / "format-1-shared"))
+
+
+def test_checkpoints_that_share_a_file(shared: Run) -> None:
+    """Both are intact, complete, and have the shared bytes under the shared name."""
+    first, second = shared
+    for checkpoint in (first, second):
+        checkpoint.verify()
+        assert sorted(checkpoint.files) == [
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "x.safetensors",
+        ]
+    name = "model-00001-of-00002.safetensors"
+    assert first.files[name] == second.files[name]
+    for step, checkpoint in ((1.0, first), (2.0, second)):
+        loaded = holdfast.load(checkpoint.path)
+        assert {key: value.tolist() for key, value in loaded["model"].items()} == {
+            "backbone.weight": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]],
+            "backbone.bias": [0.5, -0.5],
+            "adapter.weight": [[step, step], [step, step]],
+            "adapter.bias": [-step, -step],
+            "tied.weight": [[step, step], [step, step]],
+        }
+        assert loaded["model"]["tied.weight"] is loaded["model"]["adapter.weight"]
+        assert loaded["x"].tolist() == [step]

@@ -17,9 +17,10 @@ import pytest
 
 # Low to high. A module imports from its own package and from lower floors; what shares a floor is independent.
 FLOORS = (
-    ("errors",),
+    ("errors", "collector"),
     ("format",),
     ("storage",),
+    ("inspection",),
     ("checkpoint",),
     ("state",),
     ("saving", "loading"),
@@ -34,7 +35,7 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 FREE = ("__init__", "__main__", "_version")  # they stand outside: the door, the bell and the number on the house
 
 # Looking at checkpoints, from Python or from the command line, does not load torch, which takes seconds.
-WITHOUT_TORCH = ("errors", "format", "storage", "checkpoint", "run", "policies", "cli", "__init__", "_version")
+WITHOUT_TORCH = tuple("errors format storage inspection checkpoint run policies cli __init__ _version".split())
 
 # format says what bytes mean; where they lie is not its business.
 IO_MODULES = frozenset("asyncio fcntl http io mmap os shutil socket subprocess tempfile urllib".split())

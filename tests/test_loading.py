@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.errors import UsageError
+from holdfast.errors import CorruptCheckpointError, UsageError
 from holdfast.format import codecs
 from holdfast.format.dtypes import DTYPES
 from holdfast.storage.local import LocalFile
@@ -279,3 +280,82 @@ def test_damage_under_a_codec_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(holdfast.errors.CorruptCheckpointError, match=r"e\.safetensors, chunk 0") as caught:
         holdfast.load(tmp_path / "x")
     assert [item.file for item in caught.value.damage] == ["e.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------------------- memory maps
+
+
+def mapped_state() -> dict[str, Any]:
+    """Tensors and arrays of several kinds, some of them without elements, two of them tied."""
+    weight = torch.arange(6.0).reshape(2, 3)
+    return {
+        "weight": weight,
+        "tied": weight,
+        "half": torch.arange(5, dtype=torch.bfloat16),
+        "scalar": torch.tensor(7),
+        "empty": torch.empty(0, 3),
+        "last": torch.arange(48.0).reshape(2, 3, 2, 4).contiguous(memory_format=torch.channels_last),
+        "array": np.arange(4, dtype=np.int16),
+        "dates": np.array(["2026-01-02"], "datetime64[D]"),
+        "plain": [1, "a"],
+    }
+
+
+def test_a_map_gives_the_same_values(tmp_path: Path) -> None:
+    """Every tensor and array is what a verified load gives, and lies in the file."""
+    holdfast.save(tmp_path / "x", {"e": mapped_state()})
+    expected, found = (holdfast.load(tmp_path / "x", mmap=mmap)["e"] for mmap in (False, True))
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert same(found[name], value)
+        elif isinstance(value, np.ndarray):
+            assert (found[name].dtype, found[name].tolist()) == (value.dtype, value.tolist())
+    assert found["plain"] == [1, "a"]
+    assert found["tied"] is found["weight"]
+    assert f"{tmp_path}/x/e.safetensors" in Path("/proc/self/maps").read_text()
+
+
+def test_writing_to_a_map_changes_no_file(tmp_path: Path) -> None:
+    """What is written is private, and the checkpoint stays intact."""
+    holdfast.save(tmp_path / "x", {"w": torch.zeros(5), "a": np.zeros(3)})
+    loaded = holdfast.load(tmp_path / "x", mmap=True)
+    loaded["w"].fill_(1)
+    loaded["a"][:] = 1
+    assert (loaded["w"].tolist(), loaded["a"].tolist()) == ([1.0] * 5, [1.0] * 3)
+    holdfast.open(tmp_path / "x").verify()
+    assert holdfast.load(tmp_path / "x")["w"].tolist() == [0.0] * 5
+
+
+def test_a_map_outlives_its_checkpoint(tmp_path: Path) -> None:
+    """Retention may remove the checkpoint; the values stay."""
+    holdfast.save(tmp_path / "x", {"w": torch.ones(5)})
+    loaded = holdfast.load(tmp_path / "x", mmap=True)
+    shutil.rmtree(tmp_path / "x")
+    assert loaded["w"].tolist() == [1.0] * 5
+
+
+def test_a_map_verifies_nothing_but_the_size(tmp_path: Path) -> None:
+    """As it says: a changed byte goes unnoticed, a file that was cut does not."""
+    holdfast.save(tmp_path / "x", {"w": torch.zeros(5, dtype=torch.uint8)})
+    file = tmp_path / "x" / "w.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + b"\x01")
+    assert holdfast.load(tmp_path / "x", mmap=True)["w"].tolist() == [0, 0, 0, 0, 1]
+    with pytest.raises(CorruptCheckpointError):
+        holdfast.load(tmp_path / "x")
+    file.write_bytes(data[:-1])
+    with pytest.raises(CorruptCheckpointError, match="has 4100 bytes, expected 4101"):
+        holdfast.load(tmp_path / "x", mmap=True)
+
+
+def test_parts_of_a_map(tmp_path: Path) -> None:
+    """Patterns choose here too."""
+    holdfast.save(tmp_path / "x", {"m": {"a": torch.ones(2), "b": torch.zeros(2)}})
+    assert list(holdfast.load(tmp_path / "x", only="m/a", mmap=True)["m"]) == ["a"]
+
+
+def test_a_map_lies_on_the_cpu(tmp_path: Path) -> None:
+    """Another device is refused before anything is read."""
+    with pytest.raises(UsageError, match="expected device='cpu', found 'cuda'"):
+        holdfast.load(tmp_path / "x", device="cuda", mmap=True)

@@ -313,6 +313,7 @@ def test_the_hooks_go_with_the_block(tmp_path: Path) -> None:
     assert len(optimizer._optimizer_step_pre_hooks) == 0
 
 
+@pytest.mark.filterwarnings("ignore:os.fork.. was called")  # JAX says so, where another test has imported it
 def test_a_forked_child_does_not_wait(tmp_path: Path, copying: Copying) -> None:
     """The thread that copies is not in the child; its optimizer steps on the child's own memory."""
     model = nn.Linear(3, 2)

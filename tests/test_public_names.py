@@ -24,6 +24,7 @@ FUNCTIONS_AND_CLASSES = [
     "RestoreReport",
     "Run",
     "SaveHandle",
+    "SaveReport",
     "load",
     "open",
     "register_codec",

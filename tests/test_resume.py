@@ -191,7 +191,7 @@ def test_what_is_saved_after_going_back_stays(path: Path) -> None:
     """It is not the newest of the run, and yet retention does not remove what was just saved."""
     with Checkpointer(path, {"x": torch.zeros(1)}, save=Every(steps=1), keep=KeepLast(1), resume=1) as ckpt:
         ckpt.step()
-        assert [checkpoint.name for checkpoint in Run(path)] == ["step-000000000002.g2", "step-000000000003"]
+    assert [checkpoint.name for checkpoint in Run(path)] == ["step-000000000002.g2", "step-000000000003"]
 
 
 def test_a_step_that_is_not_there(path: Path) -> None:

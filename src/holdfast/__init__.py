@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from holdfast.run import Run
     from holdfast.saving import save
     from holdfast.state.report import RestoreReport
-    from holdfast.writer import SaveHandle
+    from holdfast.writer import SaveHandle, SaveReport
 
 _HOMES = {
     "Checkpoint": "checkpoint",
@@ -40,6 +40,7 @@ _HOMES = {
     "RestoreReport": "state.report",
     "Run": "run",
     "SaveHandle": "writer",
+    "SaveReport": "writer",
     "load": "loading",
     "open": "checkpoint",
     "register_codec": "format.codecs",
@@ -58,6 +59,7 @@ __all__ = [
     "RestoreReport",
     "Run",
     "SaveHandle",
+    "SaveReport",
     "__version__",
     "classic",
     "errors",

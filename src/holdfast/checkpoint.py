@@ -6,7 +6,7 @@ import datetime
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ from holdfast.inspection import (
     structure_damage,
     unreadable,
 )
+from holdfast.storage import memory
 from holdfast.storage.boxes import array_sink, box_of
 from holdfast.storage.local import LocalStore
 from holdfast.storage.reading import FileReads, Read, read_files
@@ -220,12 +221,19 @@ class Checkpoint:
         self.read_files(wanted)
         return array
 
-    def read_files(self, wanted: Mapping[str, Sequence[Read]], *, whole: bool = False) -> None:
+    def read_files(
+        self,
+        wanted: Mapping[str, Sequence[Read]],
+        *,
+        whole: bool = False,
+        allocate: Callable[[int], memoryview] = memory.allocate,
+    ) -> None:
         """Read parts of files, each chunk verified before any of its bytes reach a sink. Blocks.
 
         Args:
             wanted: by file, where to read and what takes the bytes.
             whole: verify every other chunk of every file too.
+            allocate: makes the buffers that the bytes pass through.
 
         Raises:
             CorruptCheckpointError: names file, chunk and tensors. Sinks may have got what was read before it.
@@ -238,9 +246,22 @@ class Checkpoint:
             damage = [item for name in names for item in unreadable(stored, self.manifest, name)]
             if not damage:
                 jobs = [self._job(stored, name, wanted.get(name, ()), whole) for name in names]
-                damage = damaged_chunks(self.manifest, read_files(jobs))
+                damage = damaged_chunks(self.manifest, read_files(jobs, allocate=allocate))
         if damage:
             raise CorruptCheckpointError.at(self.path, damage, self.step)
+
+    def map_files(self, names: Collection[str]) -> dict[str, memoryview]:
+        """Whole files as memory, nothing of which is verified; writing to it changes a private copy of a page.
+
+        Raises:
+            CorruptCheckpointError: a file is missing or of another size.
+            CheckpointNotFoundError: the checkpoint was removed since it was opened.
+        """
+        with self._opened() as stored:
+            damage = [item for name in names for item in unreadable(stored, self.manifest, name)]
+            if damage:
+                raise CorruptCheckpointError.at(self.path, damage, self.step)
+            return {name: stored.map_file(name) for name in names}
 
     def verify(self, progress: Progress | None = None) -> None:
         """Read every byte and compare it with its checksum. Blocks.

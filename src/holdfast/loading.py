@@ -5,16 +5,17 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
+from holdfast.collector import collector_paused
 from holdfast.errors import CorruptCheckpointError, Damage, HoldfastError, UsageError
 from holdfast.format import tree
 from holdfast.format.names import MANIFEST
-from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor, fill
+from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor, fill, map_leaves
 from holdfast.state.report import RestoreReport
 from holdfast.state.restore import restore_state
 from holdfast.state.tensors import new_tensor
@@ -23,7 +24,11 @@ _ABSENT = object()
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", only: str | Iterable[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    only: str | Iterable[str] | None = None,
+    mmap: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint into new values, nested as they were saved. Blocks; every byte is verified.
 
@@ -35,25 +40,34 @@ def load(
         device: where the tensors are put.
         only: one or more patterns, such as ``"model"``, ``"model/*"`` or ``"*/fc.weight"``; only the parts of the
             files that hold what matches are read. What does not match is left out.
+        mmap: give tensors that lie in the files, which are read when somebody looks at them. **Nothing is verified**:
+            a damaged byte goes unnoticed (``holdfast.open(path).verify()`` looks for one), and where the disk fails,
+            or somebody cuts a file short, looking at a tensor kills the process (SIGBUS). Writing to a tensor changes
+            a private copy, never the file. Tensors come in logical order, whatever their memory format was.
 
     Raises:
         CheckpointNotFoundError: there is none.
         CorruptCheckpointError: names file and tensors whose bytes are not those that were written.
-        UsageError: a pattern matches nothing.
+        UsageError: a pattern matches nothing, or ``mmap`` is to give tensors elsewhere than on the CPU.
     """
+    if mmap and torch.device(device).type != "cpu":
+        raise UsageError(
+            f"mmap=True gives tensors that lie in files; expected device='cpu', found {device!r}.", key="mmap"
+        )
     checkpoint = open(path)
     selection = _Selection(checkpoint, only)
     loaded = {}
-    for entry, node in checkpoint.manifest.state.items():
-        if entry.startswith("_"):
-            continue
-        value = selection.pruned(_decoded(checkpoint, entry, node, device), entry, entry)
-        if value is not _ABSENT:
-            loaded[entry] = value
-    selection.check()
-    targets = _Targets(torch.device(device))
-    filled = {entry: targets.place(value) for entry, value in loaded.items()}
-    fill(checkpoint, targets.copies, whole=only is None)
+    with collector_paused():
+        for entry, node in checkpoint.manifest.state.items():
+            if entry.startswith("_"):
+                continue
+            value = selection.pruned(_decoded(checkpoint, entry, node, device), entry, entry)
+            if value is not _ABSENT:
+                loaded[entry] = value
+        selection.check()
+        targets = _Targets(torch.device(device), map_leaves(checkpoint, _leaves(loaded)) if mmap else {})
+        filled = {entry: targets.place(value) for entry, value in loaded.items()}
+    fill(checkpoint, targets.copies, whole=only is None and not mmap)
     return filled
 
 
@@ -144,12 +158,24 @@ class _Selection:
         return bool(found)
 
 
-class _Targets:
-    """Makes a new tensor or array for each saved one; tied ones get one and the same."""
+def _leaves(value: Any) -> Iterator[SavedTensor | SavedArray]:
+    """The saved tensors and arrays in a decoded value."""
+    if isinstance(value, (SavedTensor, SavedArray)):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, (list, tuple, deque)):
+        for item in value:
+            yield from _leaves(item)
 
-    def __init__(self, device: torch.device) -> None:
+
+class _Targets:
+    """Makes a new tensor or array for each saved one that is not made yet; tied ones get one and the same."""
+
+    def __init__(self, device: torch.device, made: dict[str, Any]) -> None:
         self._device = device
-        self._made: dict[str, Any] = {}
+        self._made = made
         self.copies: list[tuple[SavedTensor | SavedArray, Any]] = []
 
     def place(self, value: Any) -> Any:

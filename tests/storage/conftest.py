@@ -7,7 +7,8 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,55 @@ Trace = list[tuple[str, ...]]
 Fault = Callable[[str, int], OSError | None]
 
 
+class BytesFile:
+    """A stored file in memory, which remembers where it was read and how often it was opened and closed.
+
+    Args:
+        data: its bytes.
+        lost: offsets of which nothing can be read, and what a read that needs them raises.
+        at_once: how many bytes it wants to be asked for at a time.
+    """
+
+    def __init__(self, data: bytes, lost: Mapping[int, OSError] | None = None, at_once: int = 1) -> None:
+        self.data = data
+        self.nbytes = len(data)
+        self.lost = lost or {}
+        self.read: list[int] = []
+        self.opened = 0
+        self.closed = 0
+        self._at_once = at_once
+
+    def open(self) -> BytesFile:
+        """The file, counted."""
+        self.opened += 1
+        return self
+
+    def choose_way(self) -> int:
+        """As it was told."""
+        return self._at_once
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Bytes, or an error."""
+        self.read.append(offset)
+        for place, error in self.lost.items():
+            if offset == place or (self._at_once > 1 and offset <= place < offset + len(buffer)):
+                raise error
+        found = self.data[offset : offset + len(buffer)]
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        """Counted."""
+        self.closed += 1
+
+
+# The same for all tests, which lets those use it that Hypothesis calls many times.
+@pytest.fixture(scope="session")
+def stored() -> type[BytesFile]:
+    """What makes a stored file of bytes: ``stored(data)``."""
+    return BytesFile
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
     """An empty place for checkpoints, not made yet."""
@@ -27,14 +77,14 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 @pytest.fixture
-def commit() -> Callable[..., str]:
+def commit(image: Any) -> Callable[..., str]:
     """Makes a checkpoint of one data file: ``commit(store, step, data)`` gives its name."""
 
     def make(store: LocalStore, step: int, data: bytes = b"data", name: str | None = None) -> str:
         final = name or f"step-{step:012d}"
         pending = store.create(step)
         try:
-            pending.write_file("model.safetensors", [data], len(data))
+            pending.write_files({"model.safetensors": image(data)})
             pending.commit(final, b"manifest")
         except BaseException:
             pending.abort()
@@ -65,28 +115,35 @@ def opened(fd: int) -> str:
 
 
 class SystemCalls:
-    """Sees each call of the kinds that change the disk, and may let one fail."""
+    """Sees each call of the kinds that change the disk, from any thread, and may let one fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
         self.trace: Trace = []
         self.fault: Fault = lambda name, index: None
         self._root = root
-        for name in ("mkdir", "open", "write", "fsync", "posix_fallocate", "rename", "unlink", "rmdir"):
+        self._lock = threading.Lock()
+        for name in ("mkdir", "open", "write", "pwritev", "fsync", "rename", "unlink", "rmdir"):
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
-        monkeypatch.setattr(durable, "_renameat2", self._watched("renameat2", durable._renameat2))
         monkeypatch.setattr(fcntl, "flock", self._watched("flock", fcntl.flock))
+        monkeypatch.setattr(durable, "_libc", CLibrary(self.see))
 
     def only(self, *names: str) -> Trace:
         """The trace of some kinds of calls."""
         return [call for call in self.trace if call[0] in names]
 
+    def see(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OSError | None:
+        """Note a call; the error that it is to fail with."""
+        described = (name, *self._described(name, args, kwargs))
+        with self._lock:
+            error = self.fault(name, len(self.trace))
+            self.trace.append(described)
+        return error
+
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if name == "open" and not args[1] & os.O_CREAT:
                 return function(*args, **kwargs)
-            described = (name, *self._described(name, args, kwargs))
-            error = self.fault(name, len(self.trace))
-            self.trace.append(described)
+            error = self.see(name, args, kwargs)
             if error is not None:
                 raise error
             return function(*args, **kwargs)
@@ -95,8 +152,8 @@ class SystemCalls:
 
     def _described(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         if name == "renameat2":
-            return [self._relative(str(args[1])), self._relative(str(args[2]))]
-        if name in ("fsync", "write", "posix_fallocate", "flock"):
+            return [self._relative(os.fsdecode(args[1])), self._relative(os.fsdecode(args[3]))]
+        if name in ("fsync", "write", "pwritev", "fallocate", "flock"):
             return [self._relative(opened(args[0]))]
         directory = kwargs.get("dir_fd", kwargs.get("src_dir_fd"))
         base = Path() if directory is None else Path(opened(directory))
@@ -109,28 +166,48 @@ class SystemCalls:
         return os.path.relpath(shown, self._root) if shown.startswith("/") else shown
 
 
+class CLibrary:
+    """The C library, some of whose calls are seen before they happen, and may fail."""
+
+    def __init__(self, see: Callable[[str, tuple[Any, ...], dict[str, Any]], OSError | None]) -> None:
+        self._see = see
+        self._library = ctypes.CDLL(None, use_errno=True)
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        function = getattr(self._library, name)
+
+        def call(*args: Any) -> int:
+            error = self._see(name, args, {}) if name in ("renameat2", "fallocate") else None
+            if error is None:
+                return int(function(*args))
+            ctypes.set_errno(error.errno or 0)
+            return -1
+
+        return call
+
+
 @pytest.fixture
 def system_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SystemCalls:
     """A watch over the system calls of this test."""
     return SystemCalls(monkeypatch, tmp_path)
 
 
-class Refusing:
-    """A C library whose renameat2 fails."""
+@pytest.fixture
+def refuse_in_c(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Lets a function of the C library fail: ``refuse_in_c("fallocate", errno.EINVAL)``."""
 
-    def __init__(self, code: int) -> None:
-        self._code = code
+    def refuse(function: str, code: int) -> None:
+        error = OSError(code, os.strerror(code))
+        library = CLibrary(lambda name, args, kwargs: error if name == function else None)
+        monkeypatch.setattr(durable, "_libc", library)
 
-    def renameat2(self, *args: object) -> int:
-        """Refuse."""
-        ctypes.set_errno(self._code)
-        return -1
+    return refuse
 
 
 @pytest.fixture(params=[errno.EINVAL, errno.ENOSYS], ids=["EINVAL", "ENOSYS"])
-def no_renameat2(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_renameat2(request: pytest.FixtureRequest, refuse_in_c: Callable[[str, int], None]) -> None:
     """A file system or kernel without renameat2's flags."""
-    monkeypatch.setattr(durable, "_libc", Refusing(request.param))
+    refuse_in_c("renameat2", request.param)
 
 
 @pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP], ids=["ENOLCK", "ENOSYS", "EOPNOTSUPP"])

@@ -60,14 +60,60 @@ def test_a_failed_sync_of_a_file_is_an_error(
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
 def test_space_need_not_be_reserved(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: durable.Descriptor, code: int
+    refuse_in_c: Callable[[str, int], None], tmp_path: Path, here: durable.Descriptor, code: int
 ) -> None:
     """Without fallocate the file is written all the same."""
-    monkeypatch.setattr(os, "posix_fallocate", refuse(code))
+    refuse_in_c("fallocate", code)
     with durable.create_file(here, "a") as file:
         durable.preallocate(file, 10)
         durable.write_all(file, memoryview(b"0123456789"))
     assert (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, 5 * 2**20 + 1])
+def test_space_is_reserved(tmp_path: Path, here: durable.Descriptor, nbytes: int) -> None:
+    """The blocks of the whole file are there before anything is written, and its length is the one planned."""
+    with durable.create_file(here, "a") as file:
+        durable.preallocate(file, nbytes)
+    found = (tmp_path / "a").stat()
+    assert (found.st_size, found.st_blocks * 512 >= nbytes) == (nbytes, True)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EFBIG])
+def test_space_that_cannot_be_reserved(
+    refuse_in_c: Callable[[str, int], None], here: durable.Descriptor, code: int
+) -> None:
+    """A full disk is found out before the first byte."""
+    refuse_in_c("fallocate", code)
+    with durable.create_file(here, "a") as file, pytest.raises(OSError, match=os.strerror(code)) as caught:
+        durable.preallocate(file, 10)
+    assert caught.value.errno == code
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 7, 100])
+def test_short_writes_of_several_views_are_continued(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: durable.Descriptor, most: int
+) -> None:
+    """Wherever a write stops, the next one begins there; empty views are no end."""
+    write = os.pwritev
+
+    def short(fd: int, views: list[memoryview], offset: int) -> int:
+        return write(fd, [memoryview(b"".join(views)[:most])], offset)
+
+    monkeypatch.setattr(os, "pwritev", short)
+    with durable.create_file(here, "a") as file:
+        durable.write_at(file, 2, [memoryview(part) for part in (b"", b"0123", b"", b"456", b"789", b"")])
+    assert (tmp_path / "a").read_bytes() == b"\0\0" + b"0123456789"
+
+
+def test_writing_back_is_only_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: durable.Descriptor) -> None:
+    """With or without it, the file holds what was written."""
+    with durable.create_file(here, "a") as file:
+        durable.write_at(file, 0, [memoryview(b"0123")])
+        durable.begin_writeback(file, 0, 4)
+        monkeypatch.setattr(durable, "_libc", None)
+        durable.begin_writeback(file, 0, 4)
+    assert (tmp_path / "a").read_bytes() == b"0123"
 
 
 def test_short_writes_are_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: durable.Descriptor) -> None:
@@ -204,6 +250,63 @@ def test_replacing_a_file(tmp_path: Path, here: durable.Descriptor, monkeypatch:
     with pytest.raises(OSError, match="Input/output"):
         durable.replace_file(here, "a", ".a", b"newer")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"new"}
+
+
+def test_a_link_is_the_same_file(tmp_path: Path, here: durable.Descriptor) -> None:
+    """Its bytes are not written again."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "a").write_bytes(b"data")
+    other = durable.open_directory("other", here)
+    assert durable.link_file(here, "a", other, "b", 4)
+    assert (tmp_path / "other/b").samefile(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["short", "missing", "fifo", "link"])
+def test_what_is_not_linked(tmp_path: Path, here: durable.Descriptor, name: str) -> None:
+    """A file of another size, none, and what is not a plain file: nothing is left of the attempt."""
+    (tmp_path / "short").write_bytes(b"dat")
+    (tmp_path / "data").write_bytes(b"data")
+    (tmp_path / "link").symlink_to("data")
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert not durable.link_file(here, name, here, "b", 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP])
+def test_links_are_optional(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: durable.Descriptor, code: int
+) -> None:
+    """Without them the caller writes the bytes again."""
+    (tmp_path / "a").write_bytes(b"data")
+    monkeypatch.setattr(os, "link", refuse(code))
+    assert not durable.link_file(here, "a", here, "b", 4)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_link_that_fails_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: durable.Descriptor, code: int
+) -> None:
+    """A full disk is not a missing feature."""
+    (tmp_path / "a").write_bytes(b"data")
+    monkeypatch.setattr(os, "link", refuse(code))
+    with pytest.raises(OSError, match=os.strerror(code)):
+        durable.link_file(here, "a", here, "b", 4)
+
+
+def test_lines_are_appended(tmp_path: Path, here: durable.Descriptor) -> None:
+    """After what is there."""
+    for line in (b"one\n", b"two\n"):
+        durable.append_line(here, "a", line)
+    assert (tmp_path / "a").read_bytes() == b"one\ntwo\n"
+
+
+def test_no_line_is_appended_through_a_link(tmp_path: Path, here: durable.Descriptor) -> None:
+    """What a link leads to is somebody else's."""
+    (tmp_path / "link").symlink_to("elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        durable.append_line(here, "link", b"x")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_locks(tmp_path: Path, here: durable.Descriptor) -> None:

@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 
 from holdfast.errors import CheckpointExistsError, DiskFullError, RunBusyError, StorageError
+from holdfast.format.manifest import CHUNK_BYTES, FileRecord
 from holdfast.format.names import TemporaryName, aside_name, host_label, trash_name
-from holdfast.storage import durable, local
+from holdfast.storage import direct, durable, local, memory
 from holdfast.storage.chunks import digest
-from holdfast.storage.local import LocalStore
+from holdfast.storage.local import DIRECT_READ_BYTES, LocalFile, LocalStore
+from holdfast.storage.residency import cached_share
 
 Commit = Callable[..., str]
 Contents = Callable[[LocalStore], dict[str, dict[str, bytes]]]
+Replace = Callable[[LocalStore, bytes], None]
 NONCE = "0123456789abcdef"
 ONE = "step-000000000001"
 TWO = "step-000000000002"
@@ -49,13 +52,13 @@ def test_order_of_a_save(store: LocalStore, commit: Commit, system_calls: Any) -
     """Each step is durable before the next: directories, data, manifest, names, and only then the final name."""
     commit(store, 1)
     assert system_calls.only(
-        "mkdir", "posix_fallocate", "write", "fsync", "renameat2", "rename", "unlink", "rmdir"
+        "mkdir", "fallocate", "write", "pwritev", "fsync", "renameat2", "rename", "unlink", "rmdir"
     ) == [
         ("mkdir", "run"),
         ("fsync", "."),
         ("mkdir", "run/TMP"),
-        ("posix_fallocate", "run/TMP/model.safetensors"),
-        ("write", "run/TMP/model.safetensors"),
+        ("fallocate", "run/TMP/model.safetensors"),
+        ("pwritev", "run/TMP/model.safetensors"),
         ("fsync", "run/TMP/model.safetensors"),
         ("write", "run/TMP/manifest.json"),
         ("fsync", "run/TMP/manifest.json"),
@@ -71,19 +74,19 @@ def test_the_writer_is_locked_before_it_writes(store: LocalStore, commit: Commit
     assert [call[0] for call in system_calls.trace[2:5]] == ["mkdir", "flock", "open"]
 
 
-def test_what_a_save_leaves(store: LocalStore, commit: Commit, contents: Contents) -> None:
-    """The checkpoint and nothing else; its record has the file's checksum."""
+def test_what_a_save_leaves(store: LocalStore, contents: Contents, image: Any) -> None:
+    """The checkpoint and nothing else; its records have the files' checksums."""
     pending = store.create(1)
-    record = pending.write_file("model.safetensors", [b"da", memoryview(b"ta")], 4)
+    records = pending.write_files({"model.safetensors": image(b"data")})
     pending.commit(ONE, b"manifest")
     assert contents(store) == {ONE: whole()}
-    assert (record.bytes, record.xxh3_128) == (4, (digest(b"data"),))
+    assert records == {"model.safetensors": FileRecord(4, CHUNK_BYTES, (digest(b"data"),))}
 
 
-def test_invisible_until_committed(store: LocalStore) -> None:
+def test_invisible_until_committed(store: LocalStore, image: Any) -> None:
     """While it is written it has no name that a reader looks at."""
     pending = store.create(7)
-    pending.write_file("model.safetensors", [b"data"], 4)
+    pending.write_files({"model.safetensors": image(b"data")})
     (name,) = store.names()
     parsed = TemporaryName.parse(name)
     assert parsed is not None
@@ -92,24 +95,15 @@ def test_invisible_until_committed(store: LocalStore) -> None:
     assert store.names() == []
 
 
-def test_a_taken_name(store: LocalStore, commit: Commit, contents: Contents) -> None:
+def test_a_taken_name(store: LocalStore, commit: Commit, contents: Contents, image: Any) -> None:
     """What is there stays; the next name may be tried without writing anything again."""
     commit(store, 1, b"old")
     pending = store.create(1)
-    pending.write_file("model.safetensors", [b"new"], 3)
+    pending.write_files({"model.safetensors": image(b"new")})
     with pytest.raises(CheckpointExistsError, match="it was left as it is"):
         pending.commit(ONE, b"manifest")
     pending.commit(f"{ONE}.g2", b"manifest")
     assert contents(store) == {ONE: whole(b"old"), f"{ONE}.g2": whole(b"new")}
-
-
-def test_another_length_than_planned(store: LocalStore, contents: Contents) -> None:
-    """A tensor that was resized meanwhile must not be committed."""
-    pending = store.create(1)
-    with pytest.raises(StorageError, match="4 bytes were planned, 3 came"):
-        pending.write_file("model.safetensors", [b"abc"], 4)
-    pending.abort()
-    assert contents(store) == {}
 
 
 def test_umask_decides(store: LocalStore, commit: Commit) -> None:
@@ -164,7 +158,7 @@ def test_a_failed_sync_is_not_tried_again(store: LocalStore, commit: Commit, sys
     """Linux reports a lost page once: a second fsync of the descriptor would lie."""
     lost = OSError(errno.EIO, os.strerror(errno.EIO))
     system_calls.fault = lambda name, index: (
-        lost if system_calls.trace[-1:] == [("write", "run/TMP/model.safetensors")] else None
+        lost if system_calls.trace[-1:] == [("pwritev", "run/TMP/model.safetensors")] else None
     )
     with pytest.raises(StorageError, match="Input/output"):
         commit(store, 1)
@@ -175,7 +169,7 @@ def test_a_failed_sync_is_not_tried_again(store: LocalStore, commit: Commit, sys
 def test_every_way_to_be_full(store: LocalStore, commit: Commit, system_calls: Any, code: int) -> None:
     """No space, no quota, a limit on file sizes: one error, that says what to do."""
     full = OSError(code, os.strerror(code))
-    system_calls.fault = lambda name, index: full if name == "posix_fallocate" else None
+    system_calls.fault = lambda name, index: full if name == "fallocate" else None
     with pytest.raises(DiskFullError, match="Free some space") as caught:
         commit(store, 1)
     assert caught.value.path is not None
@@ -210,10 +204,7 @@ def test_a_file_system_that_only_writes(
     """No fallocate, and no fsync of directories."""
     unsupported = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    def fault(name: str, index: int) -> OSError | None:
-        return unsupported if name == "posix_fallocate" else None
-
-    system_calls.fault = fault
+    system_calls.fault = lambda name, index: unsupported if name == "fallocate" else None
     sync = os.fsync
 
     def no_directories(fd: int) -> None:
@@ -227,12 +218,12 @@ def test_a_file_system_that_only_writes(
     assert contents(store) == {ONE: whole()}
 
 
-def test_two_writers_at_once(store: LocalStore, contents: Contents) -> None:
+def test_two_writers_at_once(store: LocalStore, contents: Contents, image: Any) -> None:
     """Their files never meet; the later one finds the name taken."""
     first = store.create(1)
     second = LocalStore(store.path).create(1)
     for pending, data in ((first, b"1"), (second, b"2")):
-        pending.write_file("model.safetensors", [data], 1)
+        pending.write_files({"model.safetensors": image(data)})
     first.commit(ONE, b"manifest")
     with pytest.raises(CheckpointExistsError):
         second.commit(ONE, b"manifest")
@@ -278,18 +269,23 @@ def test_a_cleaner_between_making_and_locking(store: LocalStore, monkeypatch: py
 # ---------------------------------------------------------------------------------------------------------- replacing
 
 
-def replaced(store: LocalStore, data: bytes) -> None:
-    """Put a checkpoint in the place of another."""
-    pending = store.create(1)
-    try:
-        pending.write_file("model.safetensors", [data], len(data))
-        pending.replace("best.pt", b"manifest")
-    except BaseException:
-        pending.abort()
-        raise
+@pytest.fixture
+def replaced(image: Any) -> Replace:
+    """Puts a checkpoint in the place of another."""
+
+    def make(store: LocalStore, data: bytes) -> None:
+        pending = store.create(1)
+        try:
+            pending.write_files({"model.safetensors": image(data)})
+            pending.replace("best.pt", b"manifest")
+        except BaseException:
+            pending.abort()
+            raise
+
+    return make
 
 
-def test_replacing(store: LocalStore, commit: Commit, contents: Contents) -> None:
+def test_replacing(store: LocalStore, commit: Commit, contents: Contents, replaced: Replace) -> None:
     """The new one takes the name, the old one is gone."""
     commit(store, 1, b"old", name="best.pt")
     replaced(store, b"new")
@@ -297,7 +293,7 @@ def test_replacing(store: LocalStore, commit: Commit, contents: Contents) -> Non
 
 
 @pytest.mark.usefixtures("no_renameat2")
-def test_replacing_without_exchange(store: LocalStore, commit: Commit, contents: Contents) -> None:
+def test_replacing_without_exchange(store: LocalStore, commit: Commit, contents: Contents, replaced: Replace) -> None:
     """The same where names cannot be swapped."""
     commit(store, 1, b"old", name="best.pt")
     replaced(store, b"new")
@@ -309,6 +305,7 @@ def test_a_crash_at_any_call_of_a_replacement(
     tmp_path: Path,
     commit: Commit,
     contents: Contents,
+    replaced: Replace,
     system_calls: Any,
     monkeypatch: pytest.MonkeyPatch,
     exchange: bool,
@@ -341,7 +338,7 @@ def test_a_crash_at_any_call_of_a_replacement(
 
 @pytest.mark.usefixtures("no_renameat2")
 def test_a_replacement_that_fails_puts_the_old_one_back(
-    store: LocalStore, commit: Commit, contents: Contents, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, commit: Commit, contents: Contents, replaced: Replace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the old one has to step aside first."""
     commit(store, 1, b"old", name="best.pt")
@@ -379,6 +376,123 @@ def test_reading_past_the_end(store: LocalStore, commit: Commit) -> None:
     file = store.open(ONE).open_file("model.safetensors")
     buffer = bytearray(6)
     assert (file.read_into(2, memoryview(buffer)), bytes(buffer)) == (2, b"ta\0\0\0\0")
+
+
+# Larger than what is read at once past the page cache, with an end that fills no block.
+LARGE = bytes(range(256)) * (DIRECT_READ_BYTES // 256) + b"the end"
+
+
+@pytest.fixture
+def large(store: LocalStore, commit: Commit) -> Iterator[LocalFile]:
+    """A large file, none of which is in the page cache."""
+    commit(store, 1, LARGE)
+    file = store.open(ONE).open_file("model.safetensors")
+    with (Path(store.path) / ONE / "model.safetensors").open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if cached_share(durable.Descriptor(os.dup(opened.fileno())), len(LARGE)) > 0.1:
+            pytest.skip("this file system is its own page cache")
+    yield file
+    file.close()
+
+
+def takes_direct_reads(file: LocalFile) -> bool:
+    """Whether the file will be read past the page cache; where its file system cannot, there is nothing to test."""
+    return file.choose_way() == DIRECT_READ_BYTES
+
+
+def read_through(file: LocalFile) -> tuple[int, bytes]:
+    """The whole of a large file, the way it wants to be read; the bytes, and how many it said there were."""
+    buffer = memory.allocate(DIRECT_READ_BYTES + 4096)
+    count = file.read_into(0, buffer[:DIRECT_READ_BYTES])
+    count += file.read_into(DIRECT_READ_BYTES, buffer[DIRECT_READ_BYTES:])
+    return count, bytes(buffer[:count])
+
+
+def test_a_file_on_disk_is_read_past_the_page_cache(large: LocalFile) -> None:
+    """It gives all its bytes, to the last, and takes nobody's place in memory."""
+    if not takes_direct_reads(large):
+        pytest.skip("this file system does not take direct I/O")
+    assert read_through(large) == (len(LARGE), LARGE)
+    assert cached_share(large._descriptor, len(LARGE)) < 0.1
+
+
+def test_a_file_in_memory_is_read_through_the_page_cache(large: LocalFile) -> None:
+    """It is there already, and a disk is slower."""
+    read_through(large)
+    assert (large.choose_way(), read_through(large)) == (1, (len(LARGE), LARGE))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_what_the_page_cache_holds_decides(large: LocalFile, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Mostly there, or mostly not."""
+    monkeypatch.setattr(local, "cached_share", lambda file, nbytes: share)
+    monkeypatch.setattr(direct, "enable", lambda file: 4096)
+    assert large.choose_way() == (1 if share else DIRECT_READ_BYTES)
+
+
+@pytest.mark.parametrize("alignment", [0, 65536])
+def test_where_direct_reads_cannot_be(large: LocalFile, monkeypatch: pytest.MonkeyPatch, alignment: int) -> None:
+    """Not at all, or only of larger blocks than ours: through the page cache."""
+    monkeypatch.setattr(direct, "enable", lambda file: alignment)
+    assert (large.choose_way(), read_through(large)) == (1, (len(LARGE), LARGE))
+
+
+def test_refused_direct_reads(large: LocalFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems take the flag and not the reads: the same bytes come the ordinary way."""
+    if not takes_direct_reads(large):
+        pytest.skip("this file system does not take direct I/O")
+    read = os.preadv
+
+    def refuse(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert read_through(large) == (len(LARGE), LARGE)
+
+
+def test_direct_reads_of_a_lost_sector(large: LocalFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk says is passed on, and nothing else is tried."""
+    if not takes_direct_reads(large):
+        pytest.skip("this file system does not take direct I/O")
+
+    def lost(fd: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", lost)
+    with pytest.raises(OSError, match="Input/output"):
+        read_through(large)
+
+
+@pytest.mark.parametrize("way", ["direct", "cached"])
+@pytest.mark.parametrize("most", [4096, 5000])
+def test_short_reads_are_continued(large: LocalFile, monkeypatch: pytest.MonkeyPatch, way: str, most: int) -> None:
+    """Wherever the kernel stops, in the middle of a block too."""
+    if way == "direct" and not takes_direct_reads(large):
+        pytest.skip("this file system does not take direct I/O")
+    read, some = os.preadv, 2**20 + most
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:some]], offset))
+    assert read_through(large) == (len(LARGE), LARGE)
+
+
+def test_a_mapped_file(store: LocalStore, commit: Commit) -> None:
+    """Its bytes, as long as somebody looks at them, also when the checkpoint is gone."""
+    commit(store, 1)
+    stored = store.open(ONE)
+    view = stored.map_file("model.safetensors")
+    stored.close()
+    store.remove(ONE)
+    commit(store, 1, b"other")
+    assert bytes(view) == b"data"
+
+
+def test_writing_to_a_mapped_file(store: LocalStore, commit: Commit, contents: Contents) -> None:
+    """Changes a private copy."""
+    commit(store, 1)
+    view = store.open(ONE).map_file("model.safetensors")
+    view[:] = b"mine"
+    assert (bytes(view), contents(store)) == (b"mine", {ONE: whole()})
 
 
 def test_what_is_not_there(store: LocalStore) -> None:
@@ -456,8 +570,17 @@ def test_strangers_files_stay(store: LocalStore, commit: Commit, contents: Conte
 WRITER = """
 import sys
 from holdfast.storage.local import LocalStore
+
+
+class Image:
+    nbytes = 4
+
+    def read(self, begin, room):
+        return memoryview(b"data")
+
+
 pending = LocalStore(sys.argv[1]).create(5)
-pending.write_file("model.safetensors", [b"data"], 4)
+pending.write_files({"model.safetensors": Image()})
 print("writing", flush=True)
 sys.stdin.readline()
 pending.commit("step-000000000005", b"manifest")

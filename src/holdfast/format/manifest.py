@@ -10,7 +10,7 @@ import datetime
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -20,7 +20,7 @@ from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import MAX_STEP, is_data_file_name, is_entry_name
 
 FORMAT = "holdfast/1"
-CHUNK_BYTES = 2048 * 2**10
+CHUNK_BYTES = 2 * 2**20
 MAX_MANIFEST_BYTES = 2**30
 MAX_ANNOTATIONS_BYTES = 2**24
 MAX_DIMENSIONS = 64
@@ -132,6 +132,9 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     environment: dict[str, Any]
 
 
+_Kind = TypeVar("_Kind", Manifest, Head)
+
+
 class Annotations(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What was learned of a checkpoint after it was made. Losing it loses no state."""
 
@@ -166,23 +169,14 @@ def decode(data: bytes, path: str) -> Manifest:
         ValueError: what is wrong with it.
         FormatVersionError: it was written in another version of the format.
     """
-    inner = envelope.unseal("manifest", data)
-    _check_version(inner, path)
-    manifest = strict_json.decode(inner, Manifest)
+    manifest = _decoded(data, path, Manifest)
     _check(manifest)
     return manifest
 
 
 def decode_head(data: bytes, path: str) -> Head:
     """The head of the manifest in ``data``, checked as :func:`decode` does but for what it leaves out."""
-    inner = envelope.unseal("manifest", data)
-    try:
-        head = strict_json.decode(inner, Head)
-    except ValueError:
-        _check_version(inner, path)  # another version may have other fields, and says so better
-        raise
-    if head.format != FORMAT:
-        _check_version(inner, path)
+    head = _decoded(data, path, Head)
     _check_head(head)
     return head
 
@@ -197,6 +191,18 @@ def decode_annotations(data: bytes) -> Annotations:
     annotations = strict_json.decode(envelope.unseal("annotations", data), Annotations)
     _check_metrics(annotations.metrics)
     return annotations
+
+
+def _decoded(data: bytes, path: str, kind: type[_Kind]) -> _Kind:
+    inner = envelope.unseal("manifest", data)
+    try:
+        decoded = strict_json.decode(inner, kind)
+    except ValueError:
+        _check_version(inner, path)  # another version may have other fields, and says so better
+        raise
+    if decoded.format != FORMAT:
+        _check_version(inner, path)
+    return decoded
 
 
 class _Version(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""Copies from CUDA devices to the host: queued on streams of their own, so that neither side waits for the other.
+"""Copies between CUDA devices and the host: through pinned memory, and queued on streams of their own.
 
 Not run on a device yet: its tests are skipped where there is none.
 """
@@ -6,6 +6,7 @@ Not run on a device yet: its tests are skipped where there is none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -48,14 +49,31 @@ class DeviceCopies:
         self._rooms = []
 
 
-def pin(room: memoryview) -> bool:
-    """Register memory with the driver, so that devices copy to it directly; False where that cannot be."""
-    if not len(room) or not torch.cuda.is_available():
-        return False
-    code = torch.cuda.cudart().cudaHostRegister(memory.address_of(room), len(room), 0)
-    return int(code) == 0
+def pinned_buffer(nbytes: int) -> memoryview:
+    """Memory that devices copy from directly; it goes back with its last view. Ordinary memory where there is none."""
+    try:
+        buffer: Any = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return memoryview(buffer)
+    except RuntimeError:
+        return memory.allocate(nbytes)
 
 
-def unpin(room: memoryview) -> None:
-    """Take that back, before the memory goes."""
-    torch.cuda.cudart().cudaHostUnregister(memory.address_of(room))
+class Pin:
+    """Memory registered with the driver, so that devices copy to it directly; as long as it is, it must not go."""
+
+    def __init__(self) -> None:
+        self._room = memoryview(b"")
+
+    def hold(self, room: memoryview) -> None:
+        """Register ``room``, in the place of what was registered before. Where that cannot be, copies are slower."""
+        if room is self._room or not torch.cuda.is_available():
+            return
+        self.release()
+        if len(room) and int(torch.cuda.cudart().cudaHostRegister(memory.address_of(room), len(room), 0)) == 0:
+            self._room = room
+
+    def release(self) -> None:
+        """Take that back, before the memory goes."""
+        if len(self._room):
+            torch.cuda.cudart().cudaHostUnregister(memory.address_of(self._room))
+            self._room = memoryview(b"")

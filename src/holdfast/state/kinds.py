@@ -46,6 +46,9 @@ def kind_of(value: object) -> Kind | None:
     return None
 
 
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+
 def live_objects(value: object, path: str = "") -> Iterator[tuple[str, Any, Kind | None]]:
     """Every live object and tensor in a nesting of plain containers, with its path."""
     if isinstance(value, torch.Tensor):
@@ -56,7 +59,10 @@ def live_objects(value: object, path: str = "") -> Iterator[tuple[str, Any, Kind
         yield path, value, kind
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from live_objects(item, child(path, key))
+            if isinstance(item, torch.Tensor):  # there may be many, and each generator costs
+                yield child(path, key), item, None
+            elif type(item) not in _PLAIN:
+                yield from live_objects(item, child(path, key))
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):  # type: ignore[arg-type]  # narrowed by its exact type
             yield from live_objects(item, f"{path}[{index}]")

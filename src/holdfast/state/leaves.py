@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from holdfast.checkpoint import Checkpoint
+from holdfast.collector import collector_paused
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import TensorRecord, is_shape
 from holdfast.format.tree import plain_numpy_dtype
-from holdfast.state.tensors import new_tensor, tensor_sink
+from holdfast.state.cuda import pinned_buffer
+from holdfast.state.tensors import new_tensor, tensor_sink, torch_dtype
+from holdfast.storage import memory
 from holdfast.storage.boxes import array_sink
 from holdfast.storage.reading import Read
 
 
-@dataclass(frozen=True, slots=True)
-class SavedTensor:
+class SavedTensor(msgspec.Struct, frozen=True, gc=False):
     """A tensor in a checkpoint, not yet read; ``key`` is its ``entry/name``, the same for tied ones."""
 
     key: str
@@ -147,7 +150,7 @@ class CodecLeaves(SavedLeaves):
 
 
 def fill(
-    checkpoint: Checkpoint, copies: Iterable[tuple[SavedTensor | SavedArray, Any]], *, whole: bool = False
+    checkpoint: Checkpoint, copies: Sequence[tuple[SavedTensor | SavedArray, Any]], *, whole: bool = False
 ) -> None:
     """Read each saved tensor or array into its destination; destinations may lie on any device.
 
@@ -157,13 +160,33 @@ def fill(
         whole: verify also the chunks that hold none of it.
     """
     wanted: dict[str, list[Read]] = {}
-    for saved, target in copies:
-        record = saved.record
-        itemsize = DTYPES[record.dtype].itemsize
-        for piece in record.pieces:
-            nbytes = math.prod(piece.shape) * itemsize
-            if nbytes:
-                is_array = isinstance(saved, SavedArray)
-                sink = array_sink(target) if is_array else tensor_sink(target, record, piece)
-                wanted.setdefault(piece.file, []).append(Read(piece.begin, nbytes, sink))
-    checkpoint.read_files(wanted, whole=whole)
+    with collector_paused():
+        for saved, target in copies:
+            record = saved.record
+            itemsize = DTYPES[record.dtype].itemsize
+            for piece in record.pieces:
+                nbytes = math.prod(piece.shape) * itemsize
+                if nbytes:
+                    is_array = isinstance(saved, SavedArray)
+                    sink = array_sink(target) if is_array else tensor_sink(target, record, piece)
+                    wanted.setdefault(piece.file, []).append(Read(piece.begin, nbytes, sink))
+    to_cuda = any(isinstance(target, torch.Tensor) and target.is_cuda for _, target in copies)
+    checkpoint.read_files(wanted, whole=whole, allocate=pinned_buffer if to_cuda else memory.allocate)
+
+
+def map_leaves(checkpoint: Checkpoint, leaves: Iterable[SavedTensor | SavedArray]) -> dict[str, Any]:
+    """By key, saved tensors and arrays as views of the files, not read and not verified.
+
+    Those without elements, and those in several pieces, are left out.
+    """
+    mappable = [leaf for leaf in leaves if len(leaf.record.pieces) == 1 and leaf.record.nbytes]
+    maps = checkpoint.map_files(list({leaf.record.pieces[0].file for leaf in mappable}))
+    made: dict[str, Any] = {}
+    for leaf in mappable:
+        piece = leaf.record.pieces[0]
+        data = maps[piece.file][piece.begin : piece.begin + leaf.record.nbytes]
+        if isinstance(leaf, SavedArray):
+            made[leaf.key] = np.frombuffer(data, leaf.dtype).reshape(leaf.shape)
+        else:
+            made[leaf.key] = torch.frombuffer(data, dtype=torch_dtype(leaf.record.dtype)).view(leaf.record.shape)
+    return made

@@ -16,6 +16,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from holdfast.checkpoint import Checkpoint
+from holdfast.collector import collector_paused
 from holdfast.errors import CorruptCheckpointError, Damage, HoldfastError, StateMismatchError, UsageError
 from holdfast.format import tree
 from holdfast.format.manifest import TensorRecord
@@ -41,13 +42,14 @@ def restore_state(
         StateMismatchError: the structures differ (``strict``), or nothing matches at all. Nothing was touched.
         CorruptCheckpointError: damage was found while reading. Live tensors may hold a mixture: restore another one.
     """
-    plan = _Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, state), strict)
-    for entry, live in state.items():
-        _plan_entry(plan, state, entry, live)
-    if generators and RNG_ENTRY in checkpoint.manifest.state:
-        saved = plan.saved(RNG_ENTRY)
-        plan.install(_GENERATORS_LAST, lambda: plan.findings.notes.extend(rng.restore_global(saved)))
-    report = plan.report(state)
+    with collector_paused():
+        plan = _Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, state), strict)
+        for entry, live in state.items():
+            _plan_entry(plan, state, entry, live)
+        if generators and RNG_ENTRY in checkpoint.manifest.state:
+            saved = plan.saved(RNG_ENTRY)
+            plan.install(_GENERATORS_LAST, lambda: plan.findings.notes.extend(rng.restore_global(saved)))
+        report = plan.report(state)
     _refuse(report, plan.findings, strict)
     with torch.no_grad():
         fill(checkpoint, plan.copies, whole=not report.skipped)
@@ -145,20 +147,18 @@ class _Plan:
                 path=self.checkpoint.path,
                 key=name,
             )
-        forms = Misshapen(name, tensor_form(live), saved.form)
-        if tuple(live.shape) != saved.record.shape:
-            self.findings.misshapen.append(forms)
+        if live.shape != saved.record.shape:
+            self.findings.misshapen.append(Misshapen(name, tensor_form(live), saved.form))
             return False
         if dtype_name(live.dtype) != saved.record.dtype:
-            self.findings.converted.append(forms)
+            self.findings.converted.append(Misshapen(name, tensor_form(live), saved.form))
         self.copies.append((saved, live))
         return True
 
     def graft(self, saved: Any, live: Any, path: str, place: _PLACE) -> Any:
         """``saved`` with its tensors as live ones: in place where ``live`` has an equal one, else new on ``place``."""
         if isinstance(saved, SavedTensor):
-            alike = isinstance(live, torch.Tensor) and not live.is_meta and tensor_form(live) == saved.form
-            if alike:
+            if isinstance(live, torch.Tensor) and not live.is_meta and _is_alike(live, saved):
                 self.copies.append((saved, live))
                 return live
             return self.fresh(saved, place(saved, path))
@@ -185,6 +185,10 @@ class _Plan:
             for index, item in enumerate(saved):
                 saved[index] = self.graft(item, None, f"{path}[{index}]", place)
         return saved
+
+
+def _is_alike(live: torch.Tensor, saved: SavedTensor) -> bool:
+    return live.shape == saved.record.shape and dtype_name(live.dtype) == saved.record.dtype
 
 
 def tensor_form(tensor: torch.Tensor) -> str:
@@ -222,14 +226,15 @@ def _plan_entry(plan: _Plan, state: Mapping[str, Any], entry: str, live: Any) ->
 
 def _plan_value(plan: _Plan, saved: Any, live: Any, path: str, assign: Callable[[Any], None]) -> None:
     """Plan one value: an object, a tensor, a container of such, or a plain value that ``assign`` puts in place."""
-    kind = kind_of(live)
-    if kind is not None:
-        _PLANNERS[kind](plan, saved, live, path)
-    elif isinstance(live, torch.Tensor):
+    if isinstance(live, torch.Tensor):
         if isinstance(saved, SavedTensor):
             plan.into_tensor(saved, live, path)
         else:
             plan.findings.misshapen.append(Misshapen(path, tensor_form(live), f"a {type(saved).__name__}"))
+        return
+    kind = kind_of(live)
+    if kind is not None:
+        _PLANNERS[kind](plan, saved, live, path)
     elif isinstance(live, np.ndarray) and isinstance(saved, SavedArray) and saved.fits(live):
         plan.copies.append((saved, live))
     elif isinstance(live, MutableMapping) and type(saved) is type(live):

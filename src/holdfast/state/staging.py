@@ -11,7 +11,7 @@ import torch
 from holdfast.errors import StrayWriteError
 from holdfast.format.safetensors import Layout
 from holdfast.state.capture import CapturedTensor
-from holdfast.state.cuda import DeviceCopies
+from holdfast.state.cuda import DeviceCopies, Pin
 from holdfast.state.image import StateImage
 from holdfast.state.tensors import tensor_version
 from holdfast.storage.arena import Arena, MemoryImage
@@ -54,12 +54,16 @@ class Staging:
         self.images = {name: MemoryImage(slot) for name, slot in slots.items()}
         self._slots = slots
         parts = {name: _Parts.of(file, late) for name, file in files.items()}
-        self._held_back = [tensor for part in parts.values() for tensor in part.late.values()]
         self._rest = {
             name: StateImage(files[name].layout, part.late, header=False) for name, part in parts.items() if part.late
         }
-        self._versions = _versions(self._held_back)
+        self._watch = _Watch([tensor for part in parts.values() for tensor in part.late.values()])
+        self._device_watch = _Watch([tensor for part in parts.values() for tensor in part.device_late.values()])
         self._done = threading.Event()
+        if any(part.device or part.device_late for part in parts.values()):
+            pin = arena.pinning if isinstance(arena.pinning, Pin) else Pin()
+            pin.hold(arena.memory)
+            arena.pinning = pin
         self._device_now = DeviceCopies(_rooms(files, slots, {name: part.device for name, part in parts.items()}))
         self._device_late = DeviceCopies(
             _rooms(files, slots, {name: part.device_late for name, part in parts.items()}), hold=False
@@ -71,6 +75,8 @@ class Staging:
     def before_step(self) -> None:
         """Return when an optimizer may change what was left for later. Does nothing where that is done already."""
         self._done.wait()
+        # From here on the caller may count writes that the device does only after the copies: so look now.
+        self._device_watch.look()
         self._device_late.hold_device()
 
     def finish(self) -> None:
@@ -82,20 +88,40 @@ class Staging:
         try:
             if self._rest:
                 gather(self._rest, {name: self._slots[name] for name in self._rest}, 1)
+            self._device_watch.look()
             self._device_now.wait()
             self._device_late.wait()
-            strays = [
-                tensor.name
-                for tensor, before, after in zip(
-                    self._held_back, self._versions, _versions(self._held_back), strict=True
-                )
-                if before != after
-            ]
+            strays = self._watch.look() + self._device_watch.look()
             if strays:
                 raise StrayWriteError.to(strays)
         finally:
             self._done.set()  # whatever happened, nobody may wait for ever
-            self._rest, self._held_back = {}, []
+            self._rest = {}
+
+
+class _Watch:
+    """Sees which of some tensors were written between its making and the first look."""
+
+    def __init__(self, tensors: Sequence[CapturedTensor]) -> None:
+        self._tensors = tensors
+        self._versions = self._now()
+        self._found: list[str] | None = None
+        self._lock = threading.Lock()
+
+    def look(self) -> list[str]:
+        """The names of those that were, as far as torch counts writes."""
+        with self._lock:
+            if self._found is None:
+                self._found = [
+                    tensor.name
+                    for tensor, before, now in zip(self._tensors, self._versions, self._now(), strict=True)
+                    if before != now
+                ]
+                self._tensors = ()
+            return self._found
+
+    def _now(self) -> list[int]:
+        return [tensor_version(tensor.value) for tensor in self._tensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +157,3 @@ def _rooms(
         for place in file.layout.tensors
         if place.name in chosen[name] and place.nbytes
     ]
-
-
-def _versions(tensors: Sequence[CapturedTensor]) -> list[int]:
-    return [tensor_version(tensor.value) for tensor in tensors]

@@ -18,6 +18,7 @@ from holdfast.storage.reading import Sink
 _TORCH_DTYPES: dict[torch.dtype, str] = {
     getattr(torch, name): name for name in DTYPES if isinstance(getattr(torch, name, None), torch.dtype)
 }
+_DTYPES_BY_NAME = {name: dtype for dtype, name in _TORCH_DTYPES.items()}
 _NUMPY_DTYPES: dict[np.dtype[Any], str] = {np.dtype(d.numpy): d.name for d in DTYPES.values() if d.numpy is not None}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _MEMORY_FORMATS = {
@@ -79,9 +80,7 @@ def numpy_dtype_name(dtype: np.dtype[Any]) -> str | None:
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype that Holdfast calls ``name``."""
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
+    return _DTYPES_BY_NAME[name]
 
 
 def memory_format(tensor: torch.Tensor) -> str:
@@ -148,10 +147,11 @@ def is_flat(tensor: torch.Tensor) -> bool:
 
 def tensor_sink(tensor: torch.Tensor, record: TensorRecord, piece: Piece) -> Sink:
     """What takes the bytes of ``piece`` into its box of ``tensor``, converting where the dtypes differ."""
-    box = box_of(tensor.detach(), piece.offset, piece.shape)
+    box = box_of(tensor.detach(), piece.offset, piece.shape) if piece.offset else tensor
     saved_dtype = torch_dtype(record.dtype)
     if box.dtype == saved_dtype and is_flat(box):
         return FlatSink(box, box.data_ptr())
+    box = box.detach()
 
     def fill(view: torch.Tensor, data: memoryview) -> None:
         view.copy_(torch.frombuffer(data, dtype=saved_dtype).view(view.shape))

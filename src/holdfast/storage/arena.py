@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from holdfast.storage import memory
 
@@ -10,16 +11,29 @@ _SLOT_BYTES = 4096  # where a slot may begin: direct I/O takes it
 _LEAVE_BYTES = 256 * 2**20  # what has to stay available to everybody else
 
 
+class Pinning(Protocol):
+    """Memory registered with a device's driver."""
+
+    def release(self) -> None:
+        """Take that back."""
+
+
 class Arena:
     """Room for copies of what a save writes. One save at a time uses it."""
 
     def __init__(self) -> None:
+        self.pinning: Pinning | None = None  # set by whoever copies to it from a device
         self._memory = memoryview(b"")
 
     @property
     def nbytes(self) -> int:
         """How much memory it holds."""
         return len(self._memory)
+
+    @property
+    def memory(self) -> memoryview:
+        """All of it."""
+        return self._memory
 
     def slots(self, sizes: Mapping[str, int]) -> dict[str, memoryview]:
         """A slot of each size, under its name. What the last ones held is gone.
@@ -54,6 +68,8 @@ class Arena:
 
     def release(self) -> None:
         """Give the memory back, as soon as nobody looks at it any more."""
+        if self.pinning is not None:
+            self.pinning.release()
         self._memory = memoryview(b"")
 
 

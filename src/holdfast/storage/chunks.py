@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import xxhash
@@ -28,15 +28,28 @@ def digest_of(parts: Iterable[memoryview]) -> str:
     return hasher.hexdigest()
 
 
-def read_chunk(file: StoredFile, record: FileRecord, index: int, buffer: memoryview) -> memoryview | None:
-    """Read one chunk into ``buffer`` and check it; its bytes, or None where they are damaged."""
-    begin = index * record.chunk_bytes
-    chunk = buffer[: min(record.chunk_bytes, record.bytes - begin)]
+def read_chunks(file: StoredFile, record: FileRecord, chunks: range, room: memoryview) -> Iterator[memoryview | None]:
+    """Read neighbouring chunks into ``room`` at once, and check each; its bytes, or None where they are damaged.
+
+    Args:
+        file: where from.
+        record: what they have to be.
+        chunks: their indexes, one after the other.
+        room: takes their bytes; where the file is read past the page cache, rounded up to a multiple of 4096.
+    """
+    begin = chunks.start * record.chunk_bytes
     try:
-        if file.read_into(begin, chunk) != len(chunk):
-            return None
+        count = file.read_into(begin, room)
     except OSError as error:
-        if error.errno in _LOST:
-            return None
-        raise
-    return chunk if digest(chunk) == record.xxh3_128[index] else None
+        if error.errno not in _LOST:
+            raise
+        if len(chunks) > 1:  # which of them is it?
+            for index in chunks:
+                yield from read_chunks(file, record, range(index, index + 1), room[: record.chunk_bytes])
+            return
+        count = 0
+    for index in chunks:
+        start = index * record.chunk_bytes - begin
+        stop = start + min(record.chunk_bytes, record.bytes - begin - start)
+        chunk = room[start:stop]
+        yield chunk if stop <= count and digest(chunk) == record.xxh3_128[index] else None

@@ -1,7 +1,6 @@
 """From files to tensors: each chunk is read once, checked, and its bytes are handed to whoever wants them.
 
-Chunks are read side by side, through the page cache. Where a file is in it, nothing else comes near; where it is not, a
-few such readers were at least as fast as any number that read past it (benchmarks/README.md). So there is one way.
+Chunks are read side by side: through the page cache where the file is in it, in large reads past it where it is not.
 """
 
 from __future__ import annotations
@@ -12,14 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import msgspec
+
 from holdfast.format.manifest import FileRecord
 from holdfast.storage import memory
-from holdfast.storage.chunks import read_chunk
+from holdfast.storage.chunks import read_chunks
 from holdfast.storage.store import StoredFile
 from holdfast.storage.workers import default_threads, in_parallel
 
 BUFFERS_BYTES = 48 * 2**20
 """What all readers together may take, unless a single chunk is larger."""
+WORTH_CHOOSING_BYTES = 8 * 2**20
+"""For less than this it is not looked at how to read a file best."""
+_BLOCK_BYTES = 4096
 
 Sink = Callable[[int, int, int], None]
 """Takes bytes that were read: their offset in what was wanted, their address in memory, and how many they are.
@@ -29,8 +33,7 @@ address, not a view: making views would take most of the time where tensors are 
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(msgspec.Struct, frozen=True, gc=False):
     """Bytes of a file that somebody wants, and what takes them."""
 
     begin: int
@@ -56,7 +59,7 @@ class FileReads:
     reads: Sequence[Read]
     whole: bool = False
 
-    def chunks(self) -> Iterable[int]:
+    def chunks(self) -> Sequence[int]:
         """The chunks to read, in order."""
         if self.whole:
             return range(len(self.record.xxh3_128))
@@ -73,7 +76,11 @@ Damaged = tuple[str, int]
 
 
 def read_files(
-    files: Sequence[FileReads], *, to_the_end: bool = False, progress: Callable[[int], None] | None = None
+    files: Sequence[FileReads],
+    *,
+    to_the_end: bool = False,
+    progress: Callable[[int], None] | None = None,
+    allocate: Callable[[int], memoryview] = memory.allocate,
 ) -> list[Damaged]:
     """Read what is wanted and hand it out, each chunk verified before any of its bytes reach a sink. Blocks.
 
@@ -81,14 +88,16 @@ def read_files(
         files: what to read.
         to_the_end: go on after damage, to find all of it.
         progress: called with the number of bytes read since its last call, by one thread at a time.
+        allocate: makes the buffers, which sinks get their bytes from.
 
     Returns:
         The damaged chunks, in order; without ``to_the_end`` those that were found before everybody had stopped.
     """
-    transfer = _Transfer(files, to_the_end, progress)
-    threads = transfer.threads()
+    transfer = _Transfer(files, to_the_end, progress, allocate)
     try:
-        in_parallel(transfer.tasks(), transfer.worker, threads)
+        tasks = transfer.tasks()
+        largest = max((task.room_bytes for task in tasks), default=0)
+        in_parallel(tasks, lambda: transfer.worker(largest), transfer.threads(tasks))
     except _StoppedError:
         pass
     finally:
@@ -100,49 +109,86 @@ class _StoppedError(Exception):
     """Damage was found, and nothing else matters."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Neighbouring chunks of a file, read at once."""
+
+    file: FileReads
+    opened: StoredFile
+    ordered: _Sorted
+    chunks: range
+
+    @property
+    def room_bytes(self) -> int:
+        """What they take in a buffer, to the end of the last block."""
+        record = self.file.record
+        nbytes = min(self.chunks.stop * record.chunk_bytes, record.bytes) - self.chunks.start * record.chunk_bytes
+        return -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def _runs(chunks: Iterable[int], most: int) -> Iterator[range]:
+    """Neighbours of ascending ``chunks`` together, up to ``most`` of them."""
+    start = stop = -1
+    for index in chunks:
+        if index == stop and stop - start < most:
+            stop += 1
+            continue
+        if stop > start:
+            yield range(start, stop)
+        start, stop = index, index + 1
+    if stop > start:
+        yield range(start, stop)
+
+
 @dataclass(slots=True)
 class _Transfer:
     files: Sequence[FileReads]
     to_the_end: bool
     progress: Callable[[int], None] | None
+    allocate: Callable[[int], memoryview]
     damaged: list[Damaged] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _opened: list[StoredFile] = field(default_factory=list)
 
-    def tasks(self) -> Iterator[tuple[FileReads, StoredFile, _Sorted, int]]:
+    def tasks(self) -> list[_Task]:
+        """Everything to do, in the order of the files; opens them."""
+        tasks = []
         for file in self.files:
             chunks = file.chunks()
-            if chunks:
-                opened = file.open()
-                self._opened.append(opened)
-                ordered = _Sorted(file.reads)
-                for index in chunks:
-                    yield file, opened, ordered, index
+            if not chunks:
+                continue
+            opened = file.open()
+            self._opened.append(opened)
+            ordered = _Sorted(file.reads)
+            wanted_bytes = len(chunks) * file.record.chunk_bytes
+            at_once_bytes = opened.choose_way() if wanted_bytes >= WORTH_CHOOSING_BYTES else 1
+            most = max(1, at_once_bytes // file.record.chunk_bytes)
+            tasks += [_Task(file, opened, ordered, run) for run in _runs(chunks, most)]
+        return tasks
 
-    def threads(self) -> int:
+    def threads(self, tasks: Sequence[_Task]) -> int:
         """As many as their buffers leave room for."""
-        return max(1, min(default_threads(), BUFFERS_BYTES // max(1, self._buffer_bytes())))
+        largest = max((task.room_bytes for task in tasks), default=1)
+        return max(1, min(default_threads(), BUFFERS_BYTES // largest))
 
-    def _buffer_bytes(self) -> int:
-        return max((min(file.record.chunk_bytes, file.record.bytes) for file in self.files), default=0)
+    def worker(self, room_bytes: int) -> Callable[[_Task], None]:
+        """What does tasks, in a buffer of its own."""
+        buffer = self.allocate(room_bytes)
 
-    def worker(self) -> Callable[[tuple[FileReads, StoredFile, _Sorted, int]], None]:
-        buffer = memory.allocate(self._buffer_bytes())
-
-        def work(task: tuple[FileReads, StoredFile, _Sorted, int]) -> None:
-            file, opened, ordered, index = task
-            data = read_chunk(opened, file.record, index, buffer)
-            if data is None:
-                with self._lock:
-                    self.damaged.append((file.name, index))
-                if not self.to_the_end:
-                    raise _StoppedError
-            else:
-                ordered.hand_out(index * file.record.chunk_bytes, data)
-            if self.progress is not None:
-                begin = index * file.record.chunk_bytes
-                with self._lock:
-                    self.progress(min(file.record.chunk_bytes, file.record.bytes - begin))
+        def work(task: _Task) -> None:
+            size = task.file.record.chunk_bytes
+            found = read_chunks(task.opened, task.file.record, task.chunks, buffer[: task.room_bytes])
+            for index, data in zip(task.chunks, found, strict=True):
+                if data is None:
+                    with self._lock:
+                        self.damaged.append((task.file.name, index))
+                    if not self.to_the_end:
+                        raise _StoppedError
+                else:
+                    task.ordered.hand_out(index * size, data)
+                if self.progress is not None:
+                    with self._lock:
+                        self.progress(min(size, task.file.record.bytes - index * size))
 
         return work
 

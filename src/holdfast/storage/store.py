@@ -19,6 +19,13 @@ class StoredFile(Protocol):
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` from ``offset``; returns how many bytes there were, fewer only at the end of the file."""
 
+    def choose_way(self) -> int:
+        """Decide, once, how most of this file is best read; returns how many bytes to ask for at a time.
+
+        1 means as few as one likes. Otherwise offsets have to be multiples of 4096, and buffers begin at addresses
+        that are, and have room for a multiple at the end of the file.
+        """
+
     def close(self) -> None:
         """Let go of it."""
 
@@ -39,6 +46,9 @@ class StoredCheckpoint(Protocol):
 
     def open_file(self, name: str) -> StoredFile:
         """A file to read from; FileNotFoundError, or ValueError when it is not a plain file."""
+
+    def map_file(self, name: str) -> memoryview:
+        """A whole file as memory, with a private copy of each page that is written to; it outlasts ``close``."""
 
     def close(self) -> None:
         """Let go of it."""

@@ -1,0 +1,130 @@
+"""Plans: which file each tensor goes to, made once for a structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.errors import UsageError
+from holdfast.format import safetensors
+from holdfast.state import plan as plans
+from holdfast.state.capture import capture
+from holdfast.state.plan import Plan, Planner
+
+ID = "0123456789abcdef" * 2
+
+
+def captured(state: dict[str, Any]) -> dict[str, Any]:
+    """What a planner is given."""
+    return capture(state, generators=False)
+
+
+def some() -> dict[str, Any]:
+    """A small structure."""
+    return {"m": {"a": torch.zeros(2), "b": torch.zeros(3, dtype=torch.float64)}, "x": 1}
+
+
+def layouts(plan: Plan) -> dict[str, list[str]]:
+    """The names in each file, in order."""
+    return {file.name: [tensor.name for tensor in file.layout.tensors] for file in plan.files}
+
+
+def test_one_file_an_entry() -> None:
+    """Wider elements first; an entry without tensors has no file."""
+    plan = Planner().plan(captured(some()))
+    assert layouts(plan) == {"m.safetensors": ["b", "a"]}
+    assert plan.indexes == {}
+    assert {name: record.pieces[0].file for name, record in plan.records["m"].items()} == {
+        "a": "m.safetensors",
+        "b": "m.safetensors",
+    }
+
+
+def test_groups_get_files_of_their_own() -> None:
+    """In the order given, the rest last; with an index where there are several."""
+    state = {"m": {name: torch.zeros(1) for name in "abcd"}}
+    plan = Planner().plan(captured(state), {"m": [frozenset("c"), frozenset("ad")]})
+    assert layouts(plan) == {
+        "m-00001-of-00003.safetensors": ["c"],
+        "m-00002-of-00003.safetensors": ["a", "d"],
+        "m-00003-of-00003.safetensors": ["b"],
+    }
+    assert [file.still for file in plan.files] == [True, True, False]
+    assert list(plan.indexes) == ["m.safetensors.index.json"]
+
+
+def test_a_group_that_is_the_whole_entry() -> None:
+    """Keeps the plain name, and needs no index."""
+    plan = Planner().plan(captured({"m": {"a": torch.zeros(1)}}), {"m": [frozenset("a")]})
+    assert (layouts(plan), plan.indexes, plan.files[0].still) == ({"m.safetensors": ["a"]}, {}, True)
+
+
+def test_the_id_of_the_checkpoint() -> None:
+    """It stands in the header of what belongs to one checkpoint, and not in what others may link."""
+    plan = Planner().plan(captured({"m": {"a": torch.zeros(1), "b": torch.zeros(1)}}), {"m": [frozenset("a")]})
+    headers = [file.stamped(ID) for file in plan.files]
+    parsed = [safetensors.parse(header.prefix, header.nbytes).metadata for header in headers]
+    assert parsed == [{"format": "pt"}, {"format": "pt", "holdfast_checkpoint_id": ID}]
+    assert [header.nbytes for header in headers] == [file.layout.nbytes for file in plan.files]
+
+
+def test_names_that_look_like_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied names are the user's: none of them can take the place of the id or of the format."""
+    weight = torch.zeros(1)
+    state = {"m": {"a": weight, "holdfast_checkpoint_id": weight, "format": weight, "0" * 32: torch.zeros(1)}}
+    (file,) = Planner().plan(captured(state)).files
+    header = file.stamped(ID)
+    assert safetensors.parse(header.prefix, header.nbytes).metadata == {"format": "pt", "holdfast_checkpoint_id": ID}
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a name": lambda state: state["m"].update(c=torch.zeros(1)),
+    "a shape": lambda state: state["m"].update(a=torch.zeros(1, 2)),
+    "a dtype": lambda state: state["m"].update(a=torch.zeros(2, dtype=torch.int32)),
+    "a memory format": lambda state: state["m"].update(
+        a=torch.zeros(1, 2, 2, 2).contiguous(memory_format=torch.channels_last)
+    ),
+    "an order": lambda state: state.update(m=dict(reversed(state["m"].items()))),
+    "a tie": lambda state: state["m"].update(c=state["m"]["a"]),
+    "an entry": lambda state: state.update(y=torch.zeros(1)),
+    "an entry without tensors": lambda state: state.update(y=1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_plan_is_made_anew_when_the_structure_changes(change: Callable[[dict[str, Any]], object]) -> None:
+    """And equals the one that a fresh planner makes; so it does when the structure changes back."""
+    planner = Planner()
+    before = planner.plan(captured(some()))
+    changed = some()
+    change(changed)
+    after = planner.plan(captured(changed))
+    assert after is not before
+    assert after == Planner().plan(captured(changed))
+    assert planner.plan(captured(some())) == before
+
+
+def test_a_plan_is_kept_while_the_structure_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other values, in other tensors, are the same plan: nothing is laid out again."""
+    made: list[str] = []
+    make = plans._make
+    monkeypatch.setattr(plans, "_make", lambda *args: (made.append("plan"), make(*args))[1])
+    planner = Planner()
+    found = [planner.plan(captured({"m": {"a": torch.rand(2)}, "x": x})) for x in (1, 2.5, "text")]
+    assert (made, found[1] is found[0], found[2] is found[0]) == (["plan"], True, True)
+
+
+def test_groups_are_part_of_the_structure() -> None:
+    """The same tensors in other groups are another plan."""
+    planner = Planner()
+    state = captured({"m": {"a": torch.zeros(1), "b": torch.zeros(1)}})
+    assert layouts(planner.plan(state)) != layouts(planner.plan(state, {"m": [frozenset("a")]}))
+
+
+def test_an_entry_cannot_have_the_name_of_a_part() -> None:
+    """It could be taken for a file of another entry."""
+    with pytest.raises(UsageError, match=r"model-00001-of-00002.*one of several files"):
+        captured({"model-00001-of-00002": torch.zeros(1)})

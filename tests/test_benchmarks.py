@@ -30,7 +30,7 @@ from benchmarks.stall import measure_peer as measure_stall
 from benchmarks.tables import Table, tables_of, targets_table
 from benchmarks.targets import PEERS as FASTEST_PEER
 from benchmarks.targets import STATE, Reached, Target, reach, reach_all
-from benchmarks.training import Training, check_training
+from benchmarks.training import Stretch, Training, check_training, lost
 from benchmarks.workloads import WORKLOADS, Workload, lora
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +184,20 @@ def test_two_saves_of_a_lora_state(name: str, tmp_path: Path) -> None:
         assert saved.changing_bytes < written < saved.changing_bytes + 200_000
     else:
         assert written > saved.nbytes
+
+
+def test_training_time_lost() -> None:
+    """A stretch with a save against the mean of its neighbours; the first step's optimizer against all of theirs."""
+    stretches = [
+        Stretch(2.0, (0.25, 0.25, 0.5)),
+        Stretch(4.0, (1.25, 0.25, 0.25)),  # 1.0 longer: the machine gets slower
+        Stretch(4.0, (0.25, 0.5, 0.25)),
+        Stretch(6.5, (2.25, 0.5, 0.5)),
+        Stretch(5.0, (0.5, 0.5, 0.5)),
+    ]
+
+    assert lost(stretches[:3]) == {measures.LOST: 1.0, measures.OPTIMIZER_WAIT: 1.0}
+    assert lost(stretches) == {measures.LOST: 1.5, measures.OPTIMIZER_WAIT: 1.375}
 
 
 def test_rounds_turn() -> None:

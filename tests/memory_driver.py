@@ -50,6 +50,19 @@ def save(path: Path, state: dict[str, Any]) -> int:
     return peak(lambda: holdfast.save(path, state))
 
 
+def save_twice(path: Path, state: dict[str, Any]) -> int:
+    """The peak of two saves in the background, the second while the memory of the first is there."""
+
+    def saves() -> None:
+        with holdfast.Checkpointer(path, state, keep=holdfast.KeepLast(1)) as ckpt:
+            for _ in range(2):
+                state["plain"].add_(1)
+                ckpt.step()
+                ckpt.save().result()
+
+    return peak(saves)
+
+
 def main() -> None:
     """Measure."""
     torch.set_num_threads(1)
@@ -61,6 +74,8 @@ def main() -> None:
     peaks = {"save": save(directory / "x", make_state(nbytes, 1.0))}
     live = make_state(nbytes, 2.0)
     peaks["restore"] = peak(lambda: holdfast.restore(directory / "x", live))
+    peaks["background"] = save_twice(directory / "run", live)
+    live["plain"].fill_(1.0)
     peaks["verify"] = peak(lambda: holdfast.open(directory / "x").verify())
     assert float(live["transposed"].sum(dtype=torch.float64)) == live["plain"].numel()
     assert float(live["array"].min()) == 1.0

@@ -113,6 +113,25 @@ def test_the_standard_sharded_layout(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_transformers_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``from_pretrained`` takes the directory of a checkpoint, shared files or not, tied weights included."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers", reason="needs transformers, which the dev extra installs")
+    sizes = {"vocab_size": 4096, "n_positions": 16, "n_embd": 64, "n_layer": 2, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    for frozen in (False, True):
+        model = transformers.GPT2LMHeadModel(config)
+        model.transformer.wte.requires_grad_(not frozen)
+        checkpoint = Run(tmp_path / str(frozen)).save({"model": model}, step=1)
+        assert (INDEX in checkpoint.files) == frozen
+        loaded = transformers.GPT2LMHeadModel.from_pretrained(
+            checkpoint.path, config=config, generation_config=transformers.GenerationConfig()
+        )
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+        expected, found = model.state_dict(), loaded.state_dict()
+        assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
 def test_a_whole_entry(tmp_path: Path) -> None:
     """A teacher that is all frozen keeps its plain name."""
     teacher = nn.Linear(MANY // 64, 64).requires_grad_(False)

@@ -457,12 +457,16 @@ def test_direct_reads_of_a_lost_sector(large: LocalFile, monkeypatch: pytest.Mon
     if not takes_direct_reads(large):
         pytest.skip("this file system does not take direct I/O")
 
+    tried: list[int] = []
+
     def lost(fd: int, buffers: list[memoryview], offset: int) -> int:
+        tried.append(offset)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", lost)
     with pytest.raises(OSError, match="Input/output"):
         read_through(large)
+    assert tried == [0]
 
 
 @pytest.mark.parametrize("way", ["direct", "cached"])

@@ -239,13 +239,16 @@ def test_neighbours_are_read_at_once(
 @pytest.mark.parametrize("kind", ["changed", "lost", "cut"])
 @pytest.mark.parametrize("chunk", [0, 3, 9])
 def test_damage_among_neighbours(stored: Any, record_of: RecordOf, kind: str, chunk: int) -> None:
-    """The chunks read together with a damaged one are intact, and are handed out."""
+    """The chunks read together with a damaged one are intact, and are handed out; all of them are counted."""
     data = random.Random(0).randbytes(10 * BLOCK - 7)
     file = stored(*DAMAGES[kind](data, chunk * BLOCK), at_once=4 * BLOCK)
     one = Wanted("f", file, record_of(data, BLOCK), [(0, len(data))], False)
     damaged = set(range(chunk, 10)) if kind == "cut" else {chunk}
-    assert read_files([one.reads], to_the_end=True) == [("f", index) for index in sorted(damaged)]
+    counted: list[int] = []
+    found = read_files([one.reads], to_the_end=True, progress=counted.append)
+    assert found == [("f", index) for index in sorted(damaged)]
     assert one.found() == one.expected(data, damaged)
+    assert sum(counted) == len(data)
 
 
 @pytest.mark.usefixtures("choosing")

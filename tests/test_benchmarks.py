@@ -99,7 +99,7 @@ class CarelessSession:
     """See :class:`Careless`."""
 
     def __init__(self, workload: Workload, path: Path) -> None:
-        self.workload, self.newest = workload, path
+        self.workload, self.newest, self.waited_s = workload, path, 0.0
 
     def save(self) -> Wait:
         """Put it off."""
@@ -190,14 +190,14 @@ def test_training_time_lost() -> None:
     """A stretch with a save against the mean of its neighbours; the first step's optimizer against all of theirs."""
     stretches = [
         Stretch(2.0, (0.25, 0.25, 0.5)),
-        Stretch(4.0, (1.25, 0.25, 0.25)),  # 1.0 longer: the machine gets slower
+        Stretch(4.0, (1.25, 0.25, 0.25), 0.25),  # 1.0 longer: the machine gets slower
         Stretch(4.0, (0.25, 0.5, 0.25)),
-        Stretch(6.5, (2.25, 0.5, 0.5)),
+        Stretch(6.5, (2.25, 0.5, 0.5), 0.75),
         Stretch(5.0, (0.5, 0.5, 0.5)),
     ]
 
-    assert lost(stretches[:3]) == {measures.LOST: 1.0, measures.OPTIMIZER_WAIT: 1.0}
-    assert lost(stretches) == {measures.LOST: 1.5, measures.OPTIMIZER_WAIT: 1.375}
+    assert lost(stretches[:3]) == {measures.LOST: 1.0, measures.WAITED: 0.25, measures.LONGER: 1.0}
+    assert lost(stretches) == {measures.LOST: 1.5, measures.WAITED: 0.5, measures.LONGER: 1.375}
 
 
 def test_rounds_turn() -> None:
@@ -423,6 +423,7 @@ def test_the_command_measures_everything(tmp_path: Path) -> None:
     assert names["stall of a background save"] == names["training time lost per background save"] == background
     assert names["peak memory of background saves"] == background
     assert names["second save"] == {"holdfast", "safetensors"}
+    assert names[measures.PLAN.name] == {"holdfast, 50 tensors", "holdfast, 500 tensors"}
     assert list((tmp_path / "disk").iterdir()) == []
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -288,3 +289,19 @@ def test_an_error_of_the_storage_names_the_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(StorageError, match=r"cannot write .*w\.safetensors: Input/output error"):
         holdfast.save(tmp_path / "run/x", {"w": torch.ones(3)})
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_more_entries_than_files_may_be_open(tmp_path: Path) -> None:
+    """Files are written, verified and read some at a time."""
+    script = """
+import resource, sys, torch, holdfast
+state = {f"entry{number}": torch.full((3,), float(number)) for number in range(100)}
+resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+holdfast.save(sys.argv[1], state)
+holdfast.open(sys.argv[1]).verify()
+loaded = holdfast.load(sys.argv[1])
+assert all(loaded[name].tolist() == state[name].tolist() for name in state)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -250,7 +250,10 @@ class Save:
         images: dict[str, FileImage] = {name: BytesImage(data) for name, data in self._plan.indexes.items()}
         if self._staging is not None:
             return {**self._staging.images, **images}
-        return {**{name: file.image() for name, file in self._live.items()}, **images}
+        for name, file in self._live.items():
+            image = images[name] = file.image()
+            image.settle()
+        return images
 
     def _commit(self, names: Iterable[str], manifest: bytes, replace: bool) -> str:
         publish: Callable[[str, bytes], None] = self._pending.replace if replace else self._pending.commit

@@ -24,7 +24,8 @@ def captured(state: dict[str, Any]) -> dict[str, Any]:
 
 def some() -> dict[str, Any]:
     """A small structure."""
-    return {"m": {"a": torch.zeros(2), "b": torch.zeros(3, dtype=torch.float64)}, "x": 1}
+    image = torch.zeros(1, 2, 2, 2)
+    return {"m": {"a": torch.zeros(2), "b": torch.zeros(3, dtype=torch.float64), "image": image}, "x": 1}
 
 
 def layouts(plan: Plan) -> dict[str, list[str]]:
@@ -35,11 +36,12 @@ def layouts(plan: Plan) -> dict[str, list[str]]:
 def test_one_file_an_entry() -> None:
     """Wider elements first; an entry without tensors has no file."""
     plan = Planner().plan(captured(some()))
-    assert layouts(plan) == {"m.safetensors": ["b", "a"]}
+    assert layouts(plan) == {"m.safetensors": ["b", "a", "image"]}
     assert plan.indexes == {}
     assert {name: record.pieces[0].file for name, record in plan.records["m"].items()} == {
         "a": "m.safetensors",
         "b": "m.safetensors",
+        "image": "m.safetensors",
     }
 
 
@@ -85,7 +87,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a shape": lambda state: state["m"].update(a=torch.zeros(1, 2)),
     "a dtype": lambda state: state["m"].update(a=torch.zeros(2, dtype=torch.int32)),
     "a memory format": lambda state: state["m"].update(
-        a=torch.zeros(1, 2, 2, 2).contiguous(memory_format=torch.channels_last)
+        image=state["m"]["image"].contiguous(memory_format=torch.channels_last)
     ),
     "an order": lambda state: state.update(m=dict(reversed(state["m"].items()))),
     "a tie": lambda state: state["m"].update(c=state["m"]["a"]),

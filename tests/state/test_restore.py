@@ -13,6 +13,7 @@ from torch import nn
 
 import holdfast
 from holdfast.errors import StateMismatchError, UsageError
+from holdfast.format.manifest import CHUNK_BYTES
 
 
 class Net(nn.Module):
@@ -320,3 +321,14 @@ def test_restoring_twice_is_restoring_once(saved: Path) -> None:
     once = (bits(model), str(optimizer.state_dict()))
     holdfast.restore(saved, {"model": model, "optimizer": optimizer})
     assert (bits(model), str(optimizer.state_dict())) == once
+
+
+@pytest.mark.parametrize("count", [1000, 3 * CHUNK_BYTES // 4], ids=["one chunk", "several chunks"])
+def test_in_inference_mode(tmp_path: Path, count: int) -> None:
+    """Inference tensors are filled by whichever thread; the mode is the thread's own."""
+    saved = torch.arange(float(count)).reshape(2, -1).t()
+    holdfast.save(tmp_path / "x", {"t": {"t": saved}})
+    with torch.inference_mode():
+        live = torch.zeros(2, count // 2).t()
+        holdfast.restore(tmp_path / "x", {"t": {"t": live}}, generators=False)
+        assert torch.equal(live, saved)

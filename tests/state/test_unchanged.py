@@ -190,6 +190,20 @@ def test_frozen_weights_that_change_all_the_same(tmp_path: Path, write: Callable
         checkpoint.verify()
 
 
+def test_a_frozen_weight_of_another_size(tmp_path: Path) -> None:
+    """The same names hold something else: it is written, and linked from then on."""
+    state = {"teacher": nn.Linear(MANY, 1).requires_grad_(False)}
+    with Checkpointer(tmp_path, state, keep=KeepLast(9)) as ckpt:
+        for step in range(4):
+            if step == 2:
+                state["teacher"] = nn.Linear(2 * MANY, 1).requires_grad_(False)
+            ckpt.step()
+            ckpt.save().result(60)
+    found = [inodes(c)["teacher.safetensors"] for c in Run(tmp_path)]
+    assert (found[0] == found[1], found[1] == found[2], found[2] == found[3]) == (True, False, True)
+    assert Run(tmp_path).latest().read("teacher/weight").shape == (1, 2 * MANY)
+
+
 def test_an_optimizer_that_counts_no_writes(tmp_path: Path) -> None:
     """A fused optimizer moves no version counter: everything seems to stand still, and nothing is linked wrongly."""
     model = nn.Linear(MANY, 1)

@@ -9,6 +9,7 @@ import mmap
 import resource
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +171,15 @@ def test_the_smallest_limit_counts(
 def test_this_system_has_some() -> None:
     """The real files are read."""
     assert 0 < memory.available_bytes() < 2**63
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's account of the memory")
+def test_memory_is_private() -> None:
+    """Shared memory would have no huge pages, and a forked child could write to it."""
+    view = memory.allocate(2**23)
+    address = memory.address_of(view)
+    spans = [line.split()[:2] for line in Path("/proc/self/maps").read_text().splitlines()]
+    (mode,) = [
+        mode for span, mode in spans if int(span.partition("-")[0], 16) <= address < int(span.partition("-")[2], 16)
+    ]
+    assert mode == "rw-p"

@@ -201,3 +201,46 @@ def test_fewer_threads_than_asked_for(monkeypatch: pytest.MonkeyPatch, possible:
 def test_the_usual_number_of_threads() -> None:
     """Enough to have one waiting for the disk while another works, and not one for each of a hundred cores."""
     assert 3 <= default_threads() <= 8
+
+
+def still_working() -> list[str]:
+    """The threads that were left."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("holdfast-")]
+
+
+def test_an_interrupt_while_threads_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody goes on before every thread has ended."""
+    start, begun = threading.Thread.start, threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel(range(3), lambda: lambda task: begun.set(), 2)
+    assert still_working() == []
+
+
+def test_an_interrupt_while_threads_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same at the end."""
+    join = threading.Thread.join
+    interrupts = [KeyboardInterrupt()]
+    both, interrupted = threading.Barrier(2, timeout=60), threading.Event()
+
+    def join_later(thread: threading.Thread, timeout: float | None = None) -> None:
+        if interrupts:
+            interrupted.set()
+            raise interrupts.pop()
+        join(thread, timeout)
+
+    def work(task: int) -> None:
+        both.wait()
+        if threading.current_thread() is not threading.main_thread():
+            assert interrupted.wait(60)
+
+    monkeypatch.setattr(threading.Thread, "join", join_later)
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel(range(2), lambda: work, 2)
+    assert still_working() == []

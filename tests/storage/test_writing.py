@@ -17,7 +17,7 @@ import pytest
 
 from holdfast.errors import DiskFullError, StorageError
 from holdfast.format.manifest import CHUNK_BYTES, FileRecord
-from holdfast.storage import direct, durable, memory, writing
+from holdfast.storage import direct, durable, memory
 from holdfast.storage.durable import Descriptor
 from holdfast.storage.writing import PART_BYTES, gather, write_files
 
@@ -87,7 +87,6 @@ def refused_when_writing(monkeypatch: pytest.MonkeyPatch) -> None:
         return write(fd, views, offset)
 
     monkeypatch.setattr(os, "pwritev", refuse)
-    monkeypatch.setattr(writing, "MAX_THREADS", 1)
 
 
 def refused_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +100,6 @@ def refused_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
         return write(fd, views, offset)
 
     monkeypatch.setattr(os, "pwritev", refuse)
-    monkeypatch.setattr(writing, "MAX_THREADS", 1)
 
 
 def taken_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +123,6 @@ def taken_at_odd_places(monkeypatch: pytest.MonkeyPatch) -> None:
         return count - 1 if is_direct(fd) else count
 
     monkeypatch.setattr(os, "pwritev", short)
-    monkeypatch.setattr(writing, "MAX_THREADS", 1)
 
 
 def without_anything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,3 +473,47 @@ def test_no_room_for_a_buffer(
     with pytest.raises(MemoryError):
         write_files(here, images_of(image, data), "run")
     assert left() == before
+
+
+def test_direct_writes_refused_to_two_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: Callable[..., Any]
+) -> None:
+    """Both are under way when the first is refused: each writes its bytes again, the ordinary way."""
+    write, meeting = os.pwritev, threading.Barrier(2, timeout=60)
+    seen: set[int] = set()
+    again = threading.Event()
+
+    def refuse(fd: int, views: Any, offset: int) -> int:
+        if offset in seen:
+            again.set()
+            return write(fd, views, offset)
+        seen.add(offset)
+        meeting.wait()
+        if offset == PART_BYTES:
+            assert again.wait(60)  # the other one has given up direct writes for this file
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    data = os.urandom(2 * PART_BYTES)
+    with durable.open_directory(str(tmp_path)) as directory:
+        with durable.create_file(directory, "probe") as probe:
+            if not direct.enable(probe):
+                pytest.skip("no direct writes on this file system")
+        monkeypatch.setattr(os, "pwritev", refuse)
+        write_files(directory, {"a": image(data)}, "run")
+    assert (tmp_path / "a").read_bytes() == data
+
+
+def test_an_image_that_gives_too_little(tmp_path: Path) -> None:
+    """Nothing is written that differs from what was planned."""
+
+    class Short:
+        nbytes = 10
+
+        def read(self, begin: int, room: memoryview) -> memoryview:
+            return room[:-1]
+
+    with (
+        durable.open_directory(str(tmp_path)) as directory,
+        pytest.raises(ValueError, match="run/a: 10 bytes were planned at 0, 9 came"),
+    ):
+        write_files(directory, {"a": Short()}, "run")

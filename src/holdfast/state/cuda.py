@@ -5,7 +5,7 @@ Not run on a device yet: its tests are skipped where there is none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,17 @@ class DeviceCopies:
         for _, end in self._ends:
             end.synchronize()
         self._rooms = []
+
+
+def synchronize(values: Iterable[object]) -> bool:
+    """Wait for the devices that hold some of ``values``; whether there are any.
+
+    Threads have streams of their own: what they copy is not ordered with what the caller queued before.
+    """
+    devices = {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return bool(devices)
 
 
 def pinned_buffer(nbytes: int) -> memoryview:

@@ -11,6 +11,7 @@ import torch
 
 from holdfast.format.safetensors import Layout
 from holdfast.state.capture import CapturedTensor
+from holdfast.state.cuda import synchronize
 from holdfast.state.tensors import is_flat
 from holdfast.storage import memory
 from holdfast.storage.boxes import elements
@@ -56,8 +57,13 @@ class StateImage:
         self._ends.append(begin + nbytes)
         self._sources.append(source)
 
+    def settle(self) -> None:
+        """Wait until devices have done what was queued on them, before threads read from there."""
+        synchronize(self._owners)
+
     def digests(self, chunk_bytes: int) -> tuple[str, ...]:
         """The checksum of each chunk that the file would have. Blocks; reads the tensors once."""
+        self.settle()
         begins = range(0, self.nbytes, chunk_bytes)
         found = [""] * len(begins)
 

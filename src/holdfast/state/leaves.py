@@ -16,10 +16,10 @@ from holdfast.collector import collector_paused
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import TensorRecord, is_shape
 from holdfast.format.tree import plain_numpy_dtype
-from holdfast.state.cuda import pinned_buffer
+from holdfast.state.cuda import pinned_buffer, synchronize
 from holdfast.state.tensors import new_tensor, tensor_sink, torch_dtype
 from holdfast.storage import memory
-from holdfast.storage.boxes import array_sink
+from holdfast.storage.boxes import array_sink, box_of
 from holdfast.storage.reading import Read
 
 
@@ -167,11 +167,15 @@ def fill(
             for piece in record.pieces:
                 nbytes = math.prod(piece.shape) * itemsize
                 if nbytes:
-                    is_array = isinstance(saved, SavedArray)
-                    sink = array_sink(target) if is_array else tensor_sink(target, record, piece)
+                    if isinstance(saved, SavedTensor):
+                        sink = tensor_sink(target, record, piece)
+                    elif len(record.pieces) == 1:
+                        sink = array_sink(target)  # its shape may be another than that of its bytes
+                    else:
+                        sink = array_sink(box_of(target, piece.offset, piece.shape))
                     wanted.setdefault(piece.file, []).append(Read(piece.begin, nbytes, sink))
-    to_cuda = any(isinstance(target, torch.Tensor) and target.is_cuda for _, target in copies)
-    checkpoint.read_files(wanted, whole=whole, allocate=pinned_buffer if to_cuda else memory.allocate)
+    on_cuda = synchronize(target for _, target in copies)
+    checkpoint.read_files(wanted, whole=whole, allocate=pinned_buffer if on_cuda else memory.allocate)
 
 
 def map_leaves(checkpoint: Checkpoint, leaves: Iterable[SavedTensor | SavedArray]) -> dict[str, Any]:

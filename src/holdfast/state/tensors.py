@@ -147,13 +147,14 @@ def is_flat(tensor: torch.Tensor) -> bool:
 
 def tensor_sink(tensor: torch.Tensor, record: TensorRecord, piece: Piece) -> Sink:
     """What takes the bytes of ``piece`` into its box of ``tensor``, converting where the dtypes differ."""
-    box = box_of(tensor.detach(), piece.offset, piece.shape) if piece.offset else tensor
+    box = tensor if tensor.shape == piece.shape else box_of(tensor.detach(), piece.offset, piece.shape)
     saved_dtype = torch_dtype(record.dtype)
     if box.dtype == saved_dtype and is_flat(box):
         return FlatSink(box, box.data_ptr())
     box = box.detach()
 
     def fill(view: torch.Tensor, data: memoryview) -> None:
-        view.copy_(torch.frombuffer(data, dtype=saved_dtype).view(view.shape))
+        with torch.inference_mode(box.is_inference()):  # a mode of the thread: this may be another than the caller's
+            view.copy_(torch.frombuffer(data, dtype=saved_dtype).view(view.shape))
 
     return BoxSink(box, DTYPES[record.dtype].itemsize, fill)

@@ -111,7 +111,6 @@ def array_sink(array: np.ndarray[Any, Any]) -> Sink:
 
 def box_of(value: Any, offset: tuple[int, ...], shape: tuple[int, ...]) -> Any:
     """The view of ``value`` that begins at ``offset`` (empty for its origin) and has ``shape``."""
-    if not offset:
-        return value
+    offset = offset or (0,) * len(shape)
     # The ellipsis keeps it a view where there are no dimensions; without it numpy gives a copy, a scalar.
     return value[(..., *(slice(at, at + size) for at, size in zip(offset, shape, strict=True)))]

@@ -26,7 +26,9 @@ def allocate(nbytes: int) -> memoryview:
     if nbytes == 0:
         return memoryview(bytearray())
     try:
-        mapping = mmap.mmap(-1, nbytes + (HUGE_PAGE_BYTES if nbytes >= HUGE_PAGE_BYTES else 0))
+        # Private: of shared memory there are no huge pages unless the administrator said so.
+        rounded = nbytes + (HUGE_PAGE_BYTES if nbytes >= HUGE_PAGE_BYTES else 0)
+        mapping = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"{nbytes} bytes: {error}") from error
     start = -address_of(mapping) % HUGE_PAGE_BYTES if nbytes >= HUGE_PAGE_BYTES else 0

@@ -19,6 +19,7 @@ from holdfast.storage.chunks import read_chunks
 from holdfast.storage.store import StoredFile
 from holdfast.storage.workers import default_threads, in_parallel
 
+MAX_OPEN_FILES = 64
 BUFFERS_BYTES = 48 * 2**20
 """What all readers together may take, unless a single chunk is larger."""
 WORTH_CHOOSING_BYTES = 8 * 2**20
@@ -93,7 +94,15 @@ def read_files(
     Returns:
         The damaged chunks, in order; without ``to_the_end`` those that were found before everybody had stopped.
     """
-    transfer = _Transfer(files, to_the_end, progress, allocate)
+    damaged: list[Damaged] = []
+    for first in range(0, len(files), MAX_OPEN_FILES):
+        damaged += _read_together(_Transfer(files[first : first + MAX_OPEN_FILES], to_the_end, progress, allocate))
+        if damaged and not to_the_end:
+            break
+    return sorted(damaged)
+
+
+def _read_together(transfer: _Transfer) -> list[Damaged]:
     try:
         tasks = transfer.tasks()
         largest = max((task.room_bytes for task in tasks), default=0)
@@ -102,7 +111,7 @@ def read_files(
         pass
     finally:
         transfer.close()
-    return sorted(transfer.damaged)
+    return transfer.damaged
 
 
 class _StoppedError(Exception):

@@ -54,16 +54,22 @@ class _Pool:
         started = []
         try:
             for thread in threads:
+                started.append(thread)  # first, for an interrupt may come between
                 try:
                     thread.start()
                 except RuntimeError:  # no more threads to be had: fewer do it too
                     break
-                started.append(thread)
             self._drain()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            self._fail(error)
         finally:
             # Nobody may go on while a thread still works in buffers and files that are about to be let go of.
             for thread in started:
-                thread.join()
+                while thread.is_alive():
+                    try:
+                        thread.join()
+                    except KeyboardInterrupt as error:
+                        self._fail(error)
         if self._failure is not None:
             raise self._failure
 
@@ -79,5 +85,8 @@ class _Pool:
                     return
                 work(task)  # type: ignore[arg-type]  # self marks the end, and is no task
         except BaseException as error:  # noqa: BLE001 - raised again by run()
-            with self._lock:
-                self._failure = self._failure or error
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._failure = self._failure or error

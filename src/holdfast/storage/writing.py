@@ -19,6 +19,7 @@ from holdfast.storage.durable import Descriptor
 from holdfast.storage.store import FileImage
 from holdfast.storage.workers import default_threads, in_parallel
 
+MAX_OPEN_FILES = 64
 PART_BYTES = 8 * 2**20
 MAX_THREADS = 3
 """More do not make a disk faster: three keep one writing while another gathers (benchmarks/README.md)."""
@@ -44,9 +45,18 @@ def gather(images: Mapping[str, FileImage], slots: Mapping[str, memoryview], thr
 def write_files(directory: Descriptor, images: Mapping[str, FileImage], path: str) -> dict[str, FileRecord]:
     """Write new files into ``directory``, which is shown as ``path``, durably. Blocks.
 
-    Space is reserved for all of them before the first byte. They are synced together, so that the file system can put
-    what it has to say about them into one transaction of its journal.
+    Space is reserved before the first byte is written. Files are synced together, so that the file system can put what
+    it has to say about them into one transaction of its journal. Both hold for :data:`MAX_OPEN_FILES` at a time.
     """
+    names = list(images)
+    records = {}
+    for first in range(0, len(names), MAX_OPEN_FILES):
+        some = names[first : first + MAX_OPEN_FILES]
+        records.update(_write_together(directory, {name: images[name] for name in some}, path))
+    return records
+
+
+def _write_together(directory: Descriptor, images: Mapping[str, FileImage], path: str) -> dict[str, FileRecord]:
     threads = min(MAX_THREADS, default_threads())
     with ExitStack() as opened:
         targets = {
@@ -100,16 +110,19 @@ class _Target:
         for at in range(begin, end, CHUNK_BYTES):
             room = buffer[at - begin : min(at + CHUNK_BYTES, end) - begin]
             view = self._image.read(at, room)
+            if len(view) != len(room):
+                raise ValueError(f"{self.path}: {len(room)} bytes were planned at {at}, {len(view)} came")
             self._digests[at // CHUNK_BYTES] = digest(view)
             views.append(view)
-        if self._alignment and end % self._alignment:
+        alignment = self._alignment  # another thread may give it up meanwhile
+        if alignment and end % alignment:
             # Only the end of the file. It goes through the page cache when all else is written: a block that is not
             # full cannot go past it.
-            rest = end % self._alignment
+            rest = end % alignment
             last = views.pop()
             whole, self._tail = last[: len(last) - rest], bytes(last[len(last) - rest :])
             views += [whole] if len(whole) else []
-        self._write(begin, views)
+        self._write(begin, views, alignment)
 
     def finish(self) -> None:
         """Write what is left and make the file durable."""
@@ -123,12 +136,12 @@ class _Target:
         """The record of what was written."""
         return FileRecord(bytes=self.nbytes, chunk_bytes=CHUNK_BYTES, xxh3_128=tuple(self._digests))
 
-    def _write(self, begin: int, views: Sequence[memoryview]) -> None:
+    def _write(self, begin: int, views: Sequence[memoryview], alignment: int) -> None:
         with storage_errors("cannot write", self.path):
             try:
                 durable.write_at(self.file, begin, views)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._alignment:
+                if error.errno != errno.EINVAL or not alignment:
                     raise
                 # Some file systems take the flag and refuse the writes. The same bytes again, the ordinary way.
                 self._pass_through_cache()

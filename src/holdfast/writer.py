@@ -283,6 +283,7 @@ class Writer:
         def run() -> None:
             with contextlib.suppress(OSError, AttributeError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            time.sleep(0)  # lets go of Python's lock, so that the caller goes on first
             work()
 
         thread = threading.Thread(target=run, name="holdfast-writer", daemon=True)

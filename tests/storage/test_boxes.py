@@ -181,11 +181,3 @@ def test_a_box_without_dimensions_is_a_view(make: Callable[[Any], Any]) -> None:
     value = make(np.zeros(()))
     box_of(value, (), ())[...] = 1
     assert value.tolist() == 1
-
-
-@pytest.mark.parametrize(
-    "whole", [np.arange(16).reshape(4, 4), torch.arange(16).reshape(4, 4)], ids=["array", "tensor"]
-)
-def test_a_box_at_the_origin(library: Any) -> None:
-    """Without an offset it begins at the origin, and is no larger than it says."""
-    assert box_of(library.arange(16).reshape(4, 4), (), (2, 3)).tolist() == [[0, 1, 2], [4, 5, 6]]

@@ -191,9 +191,7 @@ class Save:
         try:
             self._link(sources)
             self._live = {
-                file.name: LiveFile(
-                    file.stamped(self._id), {name: captured[file.entry].tensors[name] for name in file.names}
-                )
+                file.name: LiveFile(file.stamped(self._id), file.tensors(captured))
                 for file in self._plan.files
                 if file.name not in self._linked
             }

@@ -39,23 +39,18 @@ class StateImage:
 
     def __init__(self, layout: Layout, tensors: Mapping[str, CapturedTensor], *, header: bool = True) -> None:
         self.nbytes = layout.nbytes
-        self._begins: list[int] = []
-        self._ends: list[int] = []
-        # Where the bytes lie. A number is an address: of most tensors nothing else has to be known.
-        self._sources: list[int | Segment] = []
         prefix = np.frombuffer(layout.prefix, np.uint8)
         self._owners = [prefix, *(tensor.value for tensor in tensors.values())]
-        if header:
-            self._place(0, len(prefix), prefix.ctypes.data)
+        begins, ends = ([0], [len(prefix)]) if header else ([], [])
+        # Where the bytes lie. A number is an address: of most tensors nothing else has to be known.
+        sources: list[int | Segment] = [prefix.ctypes.data] if header else []
         for item in layout.tensors:
             captured = tensors.get(item.name)
             if captured is not None and item.nbytes:
-                self._place(item.begin, item.nbytes, captured.address if captured.flat else _source(captured.value))
-
-    def _place(self, begin: int, nbytes: int, source: int | Segment) -> None:
-        self._begins.append(begin)
-        self._ends.append(begin + nbytes)
-        self._sources.append(source)
+                begins.append(item.begin)
+                ends.append(item.begin + item.nbytes)
+                sources.append(captured.address if captured.flat else _source(captured.value))
+        self._begins, self._ends, self._sources = begins, ends, sources
 
     def settle(self) -> None:
         """Wait until devices have done what was queued on them, before threads read from there."""

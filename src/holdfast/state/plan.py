@@ -14,7 +14,7 @@ from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import Piece, TensorRecord
 from holdfast.format.names import data_file_name, index_name, shard_name
 from holdfast.format.safetensors import Layout
-from holdfast.state.capture import CapturedEntry
+from holdfast.state.capture import CapturedEntry, CapturedTensor
 
 Groups = Mapping[str, Sequence[frozenset[str]]]
 """By entry, the names of tensors that get files of their own: those that are expected to stay what they are."""
@@ -42,6 +42,11 @@ class FilePlan:
     names: frozenset[str]
     layout: Layout
     still: bool
+
+    def tensors(self, captured: Mapping[str, CapturedEntry]) -> Mapping[str, CapturedTensor]:
+        """Its tensors, of what was captured."""
+        found = captured[self.entry].tensors
+        return found if len(found) == len(self.names) else {name: found[name] for name in self.names}
 
     def stamped(self, checkpoint_id: str) -> Layout:
         """The layout, its header naming the checkpoint to which the file belongs."""

@@ -73,7 +73,7 @@ class Unchanged:
                 source = self._source(file)
                 if source is None or (file.entry, file.names) in verified:
                     continue
-                image = StateImage(file.layout, {name: captured[file.entry].tensors[name] for name in file.names})
+                image = StateImage(file.layout, file.tensors(captured))
                 found = image.digests(source.record.chunk_bytes)
                 if found == source.record.xxh3_128:
                     verified[file.entry, file.names] = source

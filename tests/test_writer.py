@@ -229,7 +229,7 @@ def test_what_a_save_cost(tmp_path: Path, background: bool, caplog: pytest.LogCa
     manifest = (tmp_path / "step-000000000007" / "manifest.json").stat().st_size
     assert report.bytes_written == handle.result().nbytes + manifest
     assert (report.stage_s > 0) == background
-    assert min(report.stall_s, report.capture_s, report.write_s, report.commit_s) > 0
+    assert min(report.stall_s, report.capture_s, report.plan_s, report.write_s, report.commit_s) > 0
     assert report.bandwidth == report.bytes_written / report.write_s
     (event,) = run.events()
     assert {
@@ -256,6 +256,7 @@ def test_a_report_in_words() -> None:
         stall_s=0.0123,
         waited_s=0.0,
         capture_s=0.002,
+        plan_s=0.001,
         stage_s=0.01,
         write_s=0.5,
         commit_s=0.004,

@@ -39,7 +39,8 @@ class SaveReport:
         mode: ``"background"``, ``"overlap"`` or ``"blocking"``.
         stall_s: for how long the training stood still: in the call, and in the optimizer's step where that waited.
         waited_s: of that, for an earlier save to end.
-        capture_s: describing the state and planning the files.
+        capture_s: describing the state.
+        plan_s: planning the files, and finding out what has not changed.
         stage_s: copying the tensors to where the training cannot reach them; 0 where they were written from where
             they are.
         write_s: writing the data files until they were durable.
@@ -53,6 +54,7 @@ class SaveReport:
     stall_s: float
     waited_s: float
     capture_s: float
+    plan_s: float
     stage_s: float
     write_s: float
     commit_s: float
@@ -118,6 +120,7 @@ class _Costs:
         self._start_s = time.perf_counter()
         self._waited_s = 0.0
         self._capture_s = 0.0
+        self._plan_s = 0.0
         self._stall_s: float | None = None
         self._save: Save | None = None
 
@@ -125,10 +128,14 @@ class _Costs:
         """The save before has ended."""
         self._waited_s = time.perf_counter() - self._start_s
 
-    def captured(self, save: Save) -> None:
-        """The state is described, and the files are planned."""
-        self._save = save
+    def captured(self) -> None:
+        """The state is described."""
         self._capture_s = time.perf_counter() - self._start_s - self._waited_s
+
+    def planned(self, save: Save) -> None:
+        """The files are planned."""
+        self._save = save
+        self._plan_s = time.perf_counter() - self._start_s - self._waited_s - self._capture_s
 
     def returned(self) -> None:
         """The training goes on."""
@@ -145,6 +152,7 @@ class _Costs:
             stall_s=stall_s + (self._guard.waited_s if self.mode == "overlap" and self._guard is not None else 0.0),
             waited_s=self._waited_s,
             capture_s=self._capture_s,
+            plan_s=self._plan_s,
             stage_s=parts.stage_s,
             write_s=parts.write_s,
             commit_s=parts.commit_s,
@@ -201,12 +209,14 @@ class Writer:
         self.drain()
         costs.waited()
         handle = SaveHandle(about.step, Future(), costs.report)
+        captured = capture()
+        costs.captured()
         try:
-            save = Save(self._run.store, capture(), about, unchanged=self._unchanged)
+            save = Save(self._run.store, captured, about, unchanged=self._unchanged)
         except StorageError as error:  # what the state or its user did wrong is raised here and now
             self._fail(handle, error)
             return handle
-        costs.captured(save)
+        costs.planned(save)
         if not self._stage(save, costs):
             self._finish(save, handle)
             costs.returned()

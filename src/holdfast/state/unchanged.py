@@ -7,11 +7,10 @@ and a wrong one costs nothing but time. Whether a file may stand for a tensor is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import FileRecord
 from holdfast.state.capture import CapturedEntry, CapturedTensor
 from holdfast.state.image import StateImage
@@ -20,6 +19,8 @@ from holdfast.state.tensors import tensor_version
 
 MIN_GROUP_BYTES = 2**20
 """Less than this is not worth a file of its own."""
+MIN_RESTING_BYTES = 64 * 2**10
+"""Smaller tensors are not looked at for having come to rest: there may be many, and they would save little."""
 MAX_GROUPS = 8
 """More files than this are not made of one entry, however one tensor after the other comes to rest."""
 
@@ -115,17 +116,19 @@ class Unchanged:
     def _look(self, known: _Entry, content: CapturedEntry) -> None:
         """Make a group of what has come to rest since the last look."""
         known.groups = [group for group in known.groups if group <= content.tensors.keys()]
-        if _nbytes(content.tensors.values()) < MIN_GROUP_BYTES:
-            return
-        grouped = known.moved.union(*known.groups)
-        seen, known.seen = known.seen, {name: _state_of(tensor) for name, tensor in content.tensors.items()}
-        still = frozenset(
-            name
-            for name, tensor in content.tensors.items()
-            if name not in grouped and (tensor.frozen or seen.get(name) == known.seen[name])
-        )
-        if len(known.groups) < MAX_GROUPS and _nbytes(content.tensors[name] for name in still) >= MIN_GROUP_BYTES:
-            known.groups.append(still)
+        seen, known.seen = known.seen, {}
+        still = set()
+        for name, tensor in content.tensors.items():
+            if tensor.frozen:
+                still.add(name)
+            elif tensor.value.nbytes >= MIN_RESTING_BYTES:
+                now = known.seen[name] = _state_of(tensor)
+                if seen.get(name) == now:
+                    still.add(name)
+        still -= known.moved.union(*known.groups)
+        nbytes = sum(content.tensors[name].value.nbytes for name in still)
+        if nbytes >= MIN_GROUP_BYTES and len(known.groups) < MAX_GROUPS:
+            known.groups.append(frozenset(still))
 
     def _remember(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest
@@ -147,13 +150,3 @@ class Unchanged:
 
 def _state_of(tensor: CapturedTensor) -> tuple[int, int]:
     return tensor.address, tensor_version(tensor.value)
-
-
-def _nbytes(tensors: Iterable[CapturedTensor]) -> int:
-    total = 0
-    for tensor in tensors:
-        count = DTYPES[tensor.dtype].itemsize
-        for size in tensor.shape:
-            count *= size
-        total += count
-    return total

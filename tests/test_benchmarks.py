@@ -17,20 +17,20 @@ import torch
 
 from benchmarks import measures
 from benchmarks.background import BACKGROUND_PEERS, BackgroundPeer, Blocking, Session, Wait
-from benchmarks.blocking import blocking_rounds, check
+from benchmarks.blocking import blocking_rounds
 from benchmarks.cases import LORA_PEERS
 from benchmarks.changes import measure_peer as measure_changes
+from benchmarks.checks import WrongResultError, check_background, check_blocking, check_training, qualify
 from benchmarks.files import files, remove, size
 from benchmarks.output import FIGURES, PICTURE, TABLES, Run, write
-from benchmarks.peers import PEERS, Peer, TorchSave, installed
+from benchmarks.peers import PEERS, Peer, Safetensors, TorchSave, installed
 from benchmarks.report import Result, summary
 from benchmarks.rounds import Figures, Samples, interleave
-from benchmarks.stall import check_background
 from benchmarks.stall import measure_peer as measure_stall
 from benchmarks.tables import Table, tables_of, targets_table
 from benchmarks.targets import PEERS as FASTEST_PEER
 from benchmarks.targets import STATE, Reached, Target, reach, reach_all
-from benchmarks.training import Stretch, Training, check_training, lost
+from benchmarks.training import Stretch, Training, lost
 from benchmarks.workloads import WORKLOADS, Workload, lora
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def needs(peer: Peer | BackgroundPeer) -> None:
 def test_a_save_comes_back(peer: Peer, workload: str, tmp_path: Path) -> None:
     """Bit for bit, into tensors that were cleared; and nothing is left on the disk."""
     needs(peer)
-    check(peer, WORKLOADS[workload]("small", 1), WORKLOADS[workload]("small", 2), tmp_path / "checkpoint")
+    check_blocking(peer, WORKLOADS[workload]("small", 1), WORKLOADS[workload]("small", 2), tmp_path / "checkpoint")
 
     assert list(tmp_path.iterdir()) == []
 
@@ -126,10 +126,23 @@ def test_a_save_of_later_values_does_not_compete(tmp_path: Path) -> None:
     """The checks of background saves can fail: they notice one that did not copy at the call."""
     gpt2 = WORKLOADS["gpt2"]
 
-    with pytest.raises(RuntimeError, match="careless loaded other values than were saved, first of model"):
+    with pytest.raises(WrongResultError, match="592 of 592 tensors were loaded with other values than they were saved"):
         check_background(Careless(), gpt2("small", 1), gpt2("small", 2), tmp_path / "checkpoints")
-    with pytest.raises(RuntimeError, match="careless loaded other values than were saved"):
+    with pytest.raises(WrongResultError, match="tensors were loaded with other values than they were saved with"):
         check_training(Careless(), Training("small", 1), Training("small", 2).workload, tmp_path / "checkpoints")
+
+
+def test_who_fails_a_check_is_named() -> None:
+    """The others compete."""
+    left_out: dict[str, str] = {}
+
+    def check(peer: Peer) -> None:
+        if peer.name == "safetensors":
+            raise WrongResultError("1 of 2 tensors")
+
+    passed = qualify([TorchSave(), Safetensors()], check, left_out)
+
+    assert ([peer.name for peer in passed], left_out) == (["torch.save"], {"safetensors": "1 of 2 tensors"})
 
 
 # ------------------------------------------------------------------------------------------------- what is measured
@@ -137,7 +150,9 @@ def test_a_save_of_later_values_does_not_compete(tmp_path: Path) -> None:
 
 def test_blocking_rounds(tmp_path: Path) -> None:
     """One figure a round for every measure of every peer and of the bare machine."""
-    samples = blocking_rounds([TorchSave()], lambda seed: WORKLOADS["many"]("small", seed), tmp_path, 2, lambda _: None)
+    saved, live = WORKLOADS["many"]("small", 1), WORKLOADS["many"]("small", 2)
+
+    samples = blocking_rounds([TorchSave()], saved, live, tmp_path, 2, lambda _: None)
 
     counts = {measure: {name: len(found) for name, found in rows.items()} for measure, rows in samples.items()}
     raw = {name for rows in samples.values() for name in rows} - {"torch.save"}
@@ -369,13 +384,14 @@ def test_a_run_on_paper(tmp_path: Path) -> None:
         "python": "3.11.7",
         "versions": {"torch": "2.13.0", "safetensors": None},
     }
-    run = Run(environment, "full", 3, RESULTS)
+    left_out = {"torchsnapshot, background saves": "1 of 2 tensors were loaded with other values"}
+    run = Run(environment, "full", 3, {"gpt2": Result(100_000_000, SAMPLES, left_out)})
 
     write(run, tmp_path, lambda _: None)
 
     figures = json.loads((tmp_path / FIGURES).read_text())
     assert (figures["environment"], figures["scale"], figures["rounds"]) == (environment, "full", 3)
-    assert figures["workloads"]["gpt2"]["samples"] == SAMPLES
+    assert (figures["workloads"]["gpt2"]["samples"], figures["workloads"]["gpt2"]["left_out"]) == (SAMPLES, left_out)
     assert figures["targets"][0] == {
         "promise": "durable blocking save",
         "workload": "gpt2",
@@ -394,6 +410,13 @@ def test_a_run_on_paper(tmp_path: Path) -> None:
         .startswith(
             "# Results\n\n![Holdfast beside its peers](picture.png)\n\nMeasured on 2026-11-23 at the full scale in 3 "
             "rounds: 2 cores of a processor, 24 GiB, ext4, Linux 6.18, Python 3.11.7, torch 2.13.0. Median (least"
+        )
+    )
+    assert (
+        (tmp_path / TABLES)
+        .read_text()
+        .endswith(
+            "Left out of `gpt2`: torchsnapshot, background saves. 1 of 2 tensors were loaded with other values.\n"
         )
     )
     assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")

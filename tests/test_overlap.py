@@ -28,11 +28,11 @@ class Copying:
         self.go_on = threading.Event()
         gather = staging.gather
 
-        def held(images: Any, slots: Any, threads: int) -> None:
+        def held(images: Any, slots: Any, threads: int, begins: Any) -> None:
             if threading.current_thread() is not threading.main_thread():
                 self.begun.set()
                 assert self.go_on.wait(WAIT_S)
-            gather(images, slots, threads)
+            gather(images, slots, threads, begins)
 
         monkeypatch.setattr(staging, "gather", held)
 
@@ -286,10 +286,10 @@ def test_a_copy_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     gather = staging.gather
 
-    def fail(images: Any, slots: Any, threads: int) -> None:
+    def fail(images: Any, slots: Any, threads: int, begins: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise MemoryError
-        gather(images, slots, threads)
+        gather(images, slots, threads, begins)
 
     monkeypatch.setattr(staging, "gather", fail)
     with overlapping(tmp_path, {"model": model, "optimizer": optimizer}) as ckpt:

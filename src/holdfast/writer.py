@@ -121,6 +121,7 @@ class _Costs:
         self._waited_s = 0.0
         self._capture_s = 0.0
         self._plan_s = 0.0
+        self._guarded_s = 0.0
         self._stall_s: float | None = None
         self._save: Save | None = None
 
@@ -141,6 +142,11 @@ class _Costs:
         """The training goes on."""
         self._stall_s = time.perf_counter() - self._start_s
 
+    def finished(self) -> None:
+        """It is durable, and no optimizer waits for it any more."""
+        if self.mode == "overlap" and self._guard is not None:
+            self._guarded_s = self._guard.waited_s
+
     def report(self) -> SaveReport:
         """What it was in all."""
         assert self._save is not None
@@ -149,7 +155,7 @@ class _Costs:
         return SaveReport(
             step=self.step,
             mode=self.mode,
-            stall_s=stall_s + (self._guard.waited_s if self.mode == "overlap" and self._guard is not None else 0.0),
+            stall_s=stall_s + self._guarded_s,
             waited_s=self._waited_s,
             capture_s=self._capture_s,
             plan_s=self._plan_s,
@@ -218,12 +224,12 @@ class Writer:
             return handle
         costs.planned(save)
         if not self._stage(save, costs):
-            self._finish(save, handle)
+            self._finish(save, handle, costs)
             costs.returned()
             return handle
         costs.returned()
-        if not self._start(lambda: self._finish(save, handle)):
-            self._finish(save, handle)
+        if not self._start(lambda: self._finish(save, handle, costs)):
+            self._finish(save, handle, costs)
             costs.returned()
         return handle
 
@@ -296,12 +302,12 @@ class Writer:
             time.sleep(0)  # lets go of Python's lock, so that the caller goes on first
             work()
 
-        thread = threading.Thread(target=run, name="holdfast-writer", daemon=True)
+        self._thread = threading.Thread(target=run, name="holdfast-writer", daemon=True)
         try:
-            thread.start()
+            self._thread.start()
         except RuntimeError:
+            self._thread = None
             return False
-        self._thread = thread
         return True
 
     def _reserve(self, nbytes: int) -> None:
@@ -309,14 +315,16 @@ class Writer:
         with contextlib.suppress(MemoryError):  # the save that needs it says so
             self._arena.reserve(nbytes + nbytes // 64)
 
-    def _finish(self, save: Save, handle: SaveHandle) -> None:
+    def _finish(self, save: Save, handle: SaveHandle, costs: _Costs) -> None:
         try:
             checkpoint = save.finish(self._run.free_names(handle.step))
+        except Exception as error:  # noqa: BLE001 - check() and the handle raise it
+            self._fail(handle, error)
+            return
         except BaseException as error:
-            self._fail(handle, error)  # whatever it is, nobody may wait for this save for ever
-            if isinstance(error, Exception):
-                return
+            handle._future.set_exception(error)  # an interrupt: nobody may wait for this save for ever
             raise
+        costs.finished()
         handle._future.set_result(checkpoint)
         try:
             self._after_commit(checkpoint)

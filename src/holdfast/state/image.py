@@ -52,6 +52,18 @@ class StateImage:
                 sources.append(captured.address if captured.flat else _source(captured.value))
         self._begins, self._ends, self._sources = begins, ends, sources
 
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes the tensors and the header have that are not left out."""
+        return sum(self._ends) - sum(self._begins)
+
+    def begins(self, part_bytes: int) -> list[int]:
+        """Where the parts of so many bytes begin that hold some of them."""
+        found: set[int] = set()
+        for begin, end in zip(self._begins, self._ends, strict=True):
+            found.update(range(begin // part_bytes, (end - 1) // part_bytes + 1))
+        return [index * part_bytes for index in sorted(found)]
+
     def settle(self) -> None:
         """Wait until devices have done what was queued on them, before threads read from there."""
         synchronize(self._owners)

@@ -16,7 +16,9 @@ from holdfast.state.image import StateImage
 from holdfast.state.tensors import tensor_version
 from holdfast.storage.arena import Arena, MemoryImage
 from holdfast.storage.workers import cores
-from holdfast.storage.writing import gather
+from holdfast.storage.writing import PART_BYTES, gather
+
+_FEW_BYTES = 4 * 2**20  # copied sooner than another thread has begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Staging:
         self._device_late = DeviceCopies(
             _rooms(files, slots, {name: part.device_late for name, part in parts.items()}), hold=False
         )
-        gather({name: StateImage(files[name].layout, part.now) for name, part in parts.items()}, slots, cores())
+        self._gather({name: StateImage(files[name].layout, part.now) for name, part in parts.items()}, cores())
         if not self._rest:
             self._done.set()
 
@@ -87,7 +89,7 @@ class Staging:
         """
         try:
             if self._rest:
-                gather(self._rest, {name: self._slots[name] for name in self._rest}, 1)
+                self._gather(self._rest, 1)
             self._device_watch.look()
             self._device_now.wait()
             self._device_late.wait()
@@ -97,6 +99,11 @@ class Staging:
         finally:
             self._done.set()  # whatever happened, nobody may wait for ever
             self._rest = {}
+
+    def _gather(self, images: Mapping[str, StateImage], threads: int) -> None:
+        few = sum(image.held_bytes for image in images.values()) < _FEW_BYTES
+        begins = {name: image.begins(PART_BYTES) for name, image in images.items()}
+        gather(images, self._slots, 1 if few else threads, begins)
 
 
 class _Watch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 from holdfast.errors import storage_errors
@@ -25,12 +25,24 @@ MAX_THREADS = 3
 """More do not make a disk faster: three keep one writing while another gathers (benchmarks/README.md)."""
 
 
-def gather(images: Mapping[str, FileImage], slots: Mapping[str, memoryview], threads: int) -> None:
-    """Copy each image into its slot. Blocks."""
+def gather(
+    images: Mapping[str, FileImage],
+    slots: Mapping[str, memoryview],
+    threads: int,
+    begins: Mapping[str, Iterable[int]] | None = None,
+) -> None:
+    """Copy each image into its slot. Blocks.
+
+    Args:
+        images: what to copy, by name.
+        slots: where to.
+        threads: how many copy, unless there is little to copy.
+        begins: where the parts of :data:`PART_BYTES` begin that have something; by default all have.
+    """
     tasks = [
-        (images[name], begin, slot[begin : begin + PART_BYTES])
-        for name, slot in slots.items()
-        for begin in range(0, len(slot), PART_BYTES)
+        (image, begin, slots[name][begin : begin + PART_BYTES])
+        for name, image in images.items()
+        for begin in (range(0, len(slots[name]), PART_BYTES) if begins is None else begins[name])
     ]
 
     def work(task: tuple[FileImage, int, memoryview]) -> None:

@@ -313,7 +313,7 @@ class Writer:
     def _reserve(self, nbytes: int) -> None:
         assert self._arena is not None
         with contextlib.suppress(MemoryError):  # the save that needs it says so
-            self._arena.reserve(nbytes + nbytes // 64)
+            self._arena.reserve(nbytes)
 
     def _finish(self, save: Save, handle: SaveHandle, costs: _Costs) -> None:
         try:

@@ -84,14 +84,15 @@ def capture(state: Mapping[str, Any], *, generators: bool = True) -> dict[str, C
         captured = {entry: _capture_entry(entry, value, names) for entry, value in state.items()}
         if global_state is not None:
             captured[RNG_ENTRY] = _capture_entry(RNG_ENTRY, global_state, names)
-            rng.restore_global(global_state)
+            if rng.capture_global() != global_state:
+                rng.restore_global(global_state)
     return captured
 
 
 def portable(value: Any, kind: Kind, names: ParameterNames, path: str) -> Any:
     """A live object as plain containers, numbers and tensors; the tensors are references."""
     if kind is Kind.MODULE:
-        return module_state(value)
+        return module_state(value, names.cleaners.get(id(value)))
     if kind is Kind.OPTIMIZER:
         return optimizer_state(value, names, path)
     if kind is Kind.GENERATOR:

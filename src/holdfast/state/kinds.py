@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from holdfast.format.tree import child
-from holdfast.state.modules import parameter_names
+from holdfast.state.modules import name_cleaner, parameter_names
 from holdfast.state.optimizers import ParameterNames
 from holdfast.state.rng import GENERATOR_TYPES
 
@@ -68,8 +68,12 @@ def live_objects(value: object, path: str = "") -> Iterator[tuple[str, Any, Kind
             yield from live_objects(item, f"{path}[{index}]")
 
 
+_HEADER_BYTES = 200  # what a tensor takes in a header, at most, unless its name is very long
+_ENTRY_BYTES = 3 * 4096  # what a file takes more, because of its beginning and end
+
+
 def estimated_nbytes(state: Mapping[str, Any]) -> int:
-    """About how many bytes the tensors of a state have: what modules, optimizers and containers hold now."""
+    """About how many bytes the files of a state will have: what modules, optimizers and containers hold now."""
     seen: dict[int, int] = {}
     for _, value, kind in live_objects(state):
         found: Iterable[object] = ()
@@ -82,19 +86,21 @@ def estimated_nbytes(state: Mapping[str, Any]) -> int:
         for tensor in found:
             if isinstance(tensor, torch.Tensor) and not is_lazy(tensor):
                 seen[id(tensor)] = tensor.nbytes
-    return sum(seen.values())
+    return sum(seen.values()) + _HEADER_BYTES * len(seen) + _ENTRY_BYTES * len(state)
 
 
 def name_parameters(state: Mapping[str, Any]) -> ParameterNames:
     """The names of all parameters of a state, by identity."""
     by_identity: dict[int, list[str]] = {}
     frozen: set[str] = set()
+    cleaners: dict[int, Callable[[str], str]] = {}
     for path, value, kind in live_objects(state):
         if kind is Kind.MODULE:
-            for name, parameter in parameter_names(value):
+            clean = cleaners[id(value)] = name_cleaner(value)
+            for name, parameter in parameter_names(value, clean):
                 by_identity.setdefault(id(parameter), []).append(f"{path}.{name}")
                 if not parameter.requires_grad:
                     frozen.add(f"{path}.{name}")
         elif kind is None:
             by_identity.setdefault(id(value), []).append(path)
-    return ParameterNames(by_identity, frozen)
+    return ParameterNames(by_identity, frozen, cleaners)

@@ -59,15 +59,19 @@ def name_cleaner(module: torch.nn.Module) -> Callable[[str], str]:
     return clean
 
 
-def module_state(module: torch.nn.Module) -> dict[str, Any]:
-    """The module's ``state_dict()`` by plain names; the tensors are references."""
-    clean = name_cleaner(module)
+def module_state(module: torch.nn.Module, clean: Callable[[str], str] | None = None) -> dict[str, Any]:
+    """The module's ``state_dict()`` by plain names; the tensors are references.
+
+    Args:
+        module: whose.
+        clean: its name cleaner, where that is known.
+    """
+    clean = name_cleaner(module) if clean is None else clean
     return {clean(name): value for name, value in module.state_dict().items()}
 
 
-def parameter_names(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Every name of every parameter, tied ones under each of their names."""
-    clean = name_cleaner(module)
+def parameter_names(module: torch.nn.Module, clean: Callable[[str], str]) -> list[tuple[str, torch.nn.Parameter]]:
+    """Every name of every parameter, tied ones under each of their names; ``clean`` is the module's name cleaner."""
     return [(clean(name), parameter) for name, parameter in module.named_parameters(remove_duplicate=False)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,12 @@ class ParameterNames:
     Attributes:
         by_identity: by the ``id`` of a tensor, all its names, the one used for saving first.
         frozen: names of parameters that take no gradients.
+        cleaners: by the ``id`` of a module, what strips from names in it the parts that wrappers put there.
     """
 
     by_identity: dict[int, list[str]]
     frozen: set[str] = field(default_factory=set)
+    cleaners: dict[int, Callable[[str], str]] = field(default_factory=dict)
 
     def of(self, parameter: torch.Tensor) -> list[str]:
         """All names of ``parameter``, the one used for saving first."""

@@ -86,7 +86,11 @@ class MemoryImage:
 
     def read(self, begin: int, room: memoryview) -> memoryview:
         """The bytes from ``begin``, where they lie."""
-        return self._data[begin : begin + len(room)]
+        return self.view(begin, len(room))
+
+    def view(self, begin: int, nbytes: int) -> memoryview:
+        """The same for those who have no room to offer."""
+        return self._data[begin : begin + nbytes]
 
 
 class BytesImage:

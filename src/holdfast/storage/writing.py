@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from holdfast.errors import storage_errors
 from holdfast.format.manifest import CHUNK_BYTES, FileRecord
 from holdfast.storage import direct, durable, memory
+from holdfast.storage.arena import MemoryImage
 from holdfast.storage.chunks import digest
 from holdfast.storage.durable import Descriptor
 from holdfast.storage.store import FileImage
@@ -78,7 +79,7 @@ def _write_together(directory: Descriptor, images: Mapping[str, FileImage], path
         for target in targets.values():
             target.reserve()
         tasks = [(target, begin) for target in targets.values() for begin in target.parts()]
-        largest = max((min(PART_BYTES, target.nbytes) for target in targets.values()), default=0)
+        largest = max((target.room_bytes for target in targets.values()), default=0)
         in_parallel(tasks, lambda: _worker(largest), threads)
         in_parallel(targets.values(), lambda: _Target.finish, threads)
         return {name: target.record() for name, target in targets.items()}
@@ -106,6 +107,11 @@ class _Target:
         self._alignment = direct.enable(file) if image.nbytes >= direct.PAGE_BYTES else 0
         self._tail = b""
 
+    @property
+    def room_bytes(self) -> int:
+        """What gathering a part of it takes: nothing where the bytes lie in memory as they will in the file."""
+        return 0 if isinstance(self._image, MemoryImage) else min(PART_BYTES, self.nbytes)
+
     def reserve(self) -> None:
         """Have the space that the file will take, or fail."""
         with storage_errors("cannot write", self.path):
@@ -120,10 +126,13 @@ class _Target:
         end = min(begin + PART_BYTES, self.nbytes)
         views = []
         for at in range(begin, end, CHUNK_BYTES):
-            room = buffer[at - begin : min(at + CHUNK_BYTES, end) - begin]
-            view = self._image.read(at, room)
-            if len(view) != len(room):
-                raise ValueError(f"{self.path}: {len(room)} bytes were planned at {at}, {len(view)} came")
+            nbytes = min(at + CHUNK_BYTES, end) - at
+            if isinstance(self._image, MemoryImage):
+                view = self._image.view(at, nbytes)
+            else:
+                view = self._image.read(at, buffer[at - begin : at - begin + nbytes])
+            if len(view) != nbytes:
+                raise ValueError(f"{self.path}: {nbytes} bytes were planned at {at}, {len(view)} came")
             self._digests[at // CHUNK_BYTES] = digest(view)
             views.append(view)
         alignment = self._alignment  # another thread may give it up meanwhile

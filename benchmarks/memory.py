@@ -1,6 +1,6 @@
 """Peak memory beside the state, measured in a process of its own for each peer.
 
-python -m benchmarks.memory PEER WORKLOAD SCALE DIRECTORY
+python -m benchmarks.memory (blocking | background) PEER WORKLOAD SCALE DIRECTORY
 """
 
 from __future__ import annotations
@@ -10,42 +10,68 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from benchmarks.peers import PEERS, Peer, remove
-from benchmarks.workloads import WORKLOADS
+from benchmarks.background import BACKGROUND_PEERS, BackgroundPeer
+from benchmarks.files import remove
+from benchmarks.measures import MEASURES, PEAK_BACKGROUND, PEAK_LOAD, PEAK_SAVE
+from benchmarks.peers import PEERS, Peer
+from benchmarks.rounds import Figures
+from benchmarks.workloads import WORKLOADS, Workload
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-SAVE, LOAD = "peak memory of a save", "peak memory of a load"
 
 
-def peaks_of(peer: Peer, workload: str, scale: str, directory: Path) -> dict[str, int] | None:
-    """Bytes by which the resident set rises during a save and a load; None where the system does not tell."""
+def peaks_of(kind: Literal["blocking", "background"], peer: str, workload: str, scale: str, directory: Path) -> Figures:
+    """Bytes by which the resident set rises during saves and loads; nothing where the system does not tell."""
     if not CLEAR.exists():
-        return None
-    command = [sys.executable, "-m", "benchmarks.memory", peer.name, workload, scale, str(directory)]
+        return {}
+    command = [sys.executable, "-m", "benchmarks.memory", kind, peer, workload, scale, str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {peer.name} failed:\n{done.stderr}")
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        raise RuntimeError(f"measuring the memory of {peer} failed:\n{done.stderr}")
+    return {MEASURES[name]: figure for name, figure in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def main() -> None:
     """Measure one peer."""
-    name, workload, scale, directory = sys.argv[1:]
-    (peer,) = (peer for peer in PEERS if peer.name == name)
+    kind, name, workload, scale, directory = sys.argv[1:]
     path = Path(directory) / "memory"
     # Imports and pools that are made once in a process are not what a save takes.
     tiny = WORKLOADS["many"]("small", 0)
-    peer.save(tiny, path)
-    peer.load(tiny, path)
-    remove(path)
-    state = WORKLOADS[workload](scale, 1)
+    if kind == "blocking":
+        (peer,) = (peer for peer in PEERS if peer.name == name)
+        _peaks_blocking(peer, tiny, path)
+        peaks = _peaks_blocking(peer, WORKLOADS[workload](scale, 1), path)
+    else:
+        (background,) = (peer for peer in BACKGROUND_PEERS if peer.name == name)
+        _peaks_background(background, tiny, path)
+        peaks = _peaks_background(background, WORKLOADS[workload](scale, 1), path)
+    print(json.dumps({measure.name: figure for measure, figure in peaks.items()}))
+
+
+def _peaks_blocking(peer: Peer, state: Workload, path: Path) -> Figures:
     try:
-        peaks = {SAVE: _peak(lambda: peer.save(state, path)), LOAD: _peak(lambda: peer.load(state, path))}
+        return {
+            PEAK_SAVE: _peak(lambda: peer.save(state, path)),
+            PEAK_LOAD: _peak(lambda: peer.load(state, path)),
+        }
     finally:
         remove(path)
-    print(json.dumps(peaks))
+
+
+def _peaks_background(peer: BackgroundPeer, state: Workload, path: Path) -> Figures:
+    def save_twice() -> None:
+        with peer.open(state, path) as session:
+            for _ in range(2):
+                state.change()
+                session.stepped()
+                session.save()()
+
+    try:
+        return {PEAK_BACKGROUND: _peak(save_twice)}
+    finally:
+        remove(path)
 
 
 def _peak(work: Callable[[], None]) -> int:

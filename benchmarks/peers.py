@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 import holdfast
+from benchmarks.files import sync
 from benchmarks.workloads import Tensors, Workload
 
 
@@ -146,15 +147,64 @@ class TorchCheckpointing:
     @staticmethod
     def _manager() -> Any:
         from torch_checkpointing import CheckpointManager
-        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
-        config = CheckpointManager.Config.with_sync_save()
-        # Its unaligned writes are refused by ext4 and XFS under O_DIRECT, which is its default.
-        config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
-        return CheckpointManager(config)
+        return CheckpointManager(torch_checkpointing_config(CheckpointManager.Config.with_sync_save()))
 
 
-PEERS: tuple[Peer, ...] = (Holdfast(), TorchSave(), Safetensors(), DCP(1), DCP(2), TorchCheckpointing())
+@dataclass(frozen=True)
+class Torchsnapshot:
+    """``torchsnapshot``, which leaves the fsync to others."""
+
+    name: str = "torchsnapshot"
+    package: str = "torchsnapshot"
+
+    def save(self, workload: Workload, path: Path) -> None:
+        """See :class:`Peer`."""
+        snapshots = torchsnapshot()
+        snapshots.Snapshot.take(path=str(path), app_state={"state": snapshots.StateDict(**workload.tensors)})
+        sync(path)
+
+    def load(self, workload: Workload, path: Path) -> None:
+        """See :class:`Peer`."""
+        snapshots = torchsnapshot()
+        snapshots.Snapshot(str(path)).restore({"state": snapshots.StateDict(**workload.tensors)})
+
+
+@dataclass(frozen=True)
+class Orbax:
+    """Orbax, JAX's checkpoints, with NumPy views of the tensors; it leaves the fsync to others."""
+
+    name: str = "Orbax"
+    package: str = "orbax-checkpoint"
+
+    def save(self, workload: Workload, path: Path) -> None:
+        """See :class:`Peer`."""
+        from orbax import checkpoint as orbax
+
+        with orbax.Checkpointer(orbax.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(path.resolve(), args=orbax.args.PyTreeSave(arrays(workload.tensors)))
+        sync(path)
+
+    def load(self, workload: Workload, path: Path) -> None:
+        """See :class:`Peer`."""
+        from orbax import checkpoint as orbax
+
+        wanted = {name: orbax.RestoreArgs(restore_type=np.ndarray) for name in workload.tensors}
+        with orbax.Checkpointer(orbax.PyTreeCheckpointHandler()) as checkpointer:
+            loaded = checkpointer.restore(path.resolve(), args=orbax.args.PyTreeRestore(restore_args=wanted))
+        copy_into({name: torch.from_numpy(array) for name, array in loaded.items()}, workload.tensors)
+
+
+PEERS: tuple[Peer, ...] = (
+    Holdfast(),
+    TorchSave(),
+    Safetensors(),
+    DCP(1),
+    DCP(2),
+    TorchCheckpointing(),
+    Torchsnapshot(),
+    Orbax(),
+)
 
 
 @contextmanager
@@ -165,38 +215,37 @@ def alone() -> Iterator[None]:
         yield
 
 
-def installed(peer: Peer) -> str | None:
-    """The version of a peer's package; None where it is not installed."""
-    if peer.package == "holdfast":
+def torch_checkpointing_config(config: Any) -> Any:
+    """A configuration of torch_checkpointing that works on ext4 and XFS.
+
+    They refuse its unaligned writes under O_DIRECT, which is its default.
+    """
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
+    return config
+
+
+def torchsnapshot() -> Any:
+    """The module; it was written for an older PyTorch, whose later warnings about that are not news here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("torchsnapshot")
+
+
+def arrays(tensors: Tensors) -> dict[str, Any]:
+    """NumPy views, which share memory with the tensors."""
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def installed(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
+    if package == "holdfast":
         return holdfast.__version__  # also from a source tree that is not installed
     try:
-        return version(peer.package)
+        return version(package)
     except PackageNotFoundError:
         return None
-
-
-def files(path: Path) -> Iterator[Path]:
-    """The files of what a peer saved."""
-    yield from [path] if path.is_file() else (found for found in path.rglob("*") if found.is_file())
-
-
-def sync(path: Path) -> None:
-    """Make a saved file or directory durable, with the names above it."""
-    folders = [path, *(found for found in path.rglob("*") if found.is_dir())] if path.is_dir() else []
-    for target in [*files(path), *folders, path.parent]:
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Remove what a peer saved."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @torch.no_grad()

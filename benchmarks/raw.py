@@ -6,11 +6,15 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 BLOCK = 8 * 2**20
+
+Transfer = Callable[[Path, int], float | None]
+"""Seconds to move so many bytes to or from a file; None where the file system refuses."""
 
 
 def direct_write(path: Path, nbytes: int) -> float | None:
@@ -28,12 +32,15 @@ def direct_read(path: Path, nbytes: int) -> float | None:
     return _timed_file(path, nbytes, os.O_RDONLY | os.O_DIRECT, _read)
 
 
-def memory_copy(nbytes: int) -> float:
+def memory_copy(nbytes: int, threads: int) -> float:
     """Seconds for one copy within memory that is there already."""
-    source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
-    start = time.perf_counter()
-    np.copyto(target, source)
-    return time.perf_counter() - start
+    sources = [np.ones(nbytes // threads, np.uint8) for _ in range(threads)]
+    targets = [np.ones(nbytes // threads, np.uint8) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(time.sleep, [0.01] * threads))  # all threads are there before the clock starts
+        start = time.perf_counter()
+        list(pool.map(np.copyto, targets, sources))  # releases the GIL
+        return time.perf_counter() - start
 
 
 def _timed_file(path: Path, nbytes: int, flags: int, work: Callable[[int, int, mmap.mmap], None]) -> float | None:

@@ -1,4 +1,4 @@
-"""Figures as a table for people and as JSON for programs."""
+"""Figures in sum, for programs, and what they depend on."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import datetime
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.peers import Peer, installed
+from benchmarks.measures import HOLDFAST
+from benchmarks.peers import installed
 from benchmarks.rounds import Samples
 
-HOLDFAST = "holdfast"
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one workload gave: its bytes, the samples of every measure, and who was left out for what reason."""
+
+    nbytes: int
+    samples: Samples
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def summary(samples: Samples) -> dict[str, dict[str, dict[str, float]]]:
-    """Per measure and peer: median, least and greatest seconds, and the median of its ratios to Holdfast's.
+    """Per measure and peer: median, least and greatest figure, and the median of its ratios to Holdfast's.
 
     A ratio compares the two figures of one round: the disk of one minute with the disk of the same minute.
     """
@@ -28,15 +34,16 @@ def summary(samples: Samples) -> dict[str, dict[str, dict[str, float]]]:
     for measure, by_name in samples.items():
         own = by_name.get(HOLDFAST)
         found[measure] = {}
-        for name, seconds in by_name.items():
-            row = {"median": statistics.median(seconds), "least": min(seconds), "greatest": max(seconds)}
-            if own is not None and len(own) == len(seconds):
-                row["ratio"] = statistics.median(other / mine for other, mine in zip(seconds, own, strict=True))
+        for name, samples_of in by_name.items():
+            row = {"median": statistics.median(samples_of), "least": min(samples_of), "greatest": max(samples_of)}
+            # Time that training lost can come out as nothing or less; with that there is no ratio.
+            if own is not None and len(own) == len(samples_of) and min(*own, *samples_of) > 0:
+                row["ratio"] = statistics.median(other / mine for other, mine in zip(samples_of, own, strict=True))
             found[measure][name] = row
     return found
 
 
-def environment(peers: Iterable[Peer], directory: Path) -> dict[str, Any]:
+def environment(packages: Iterable[str], directory: Path) -> dict[str, Any]:
     """What the figures depend on."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -46,40 +53,21 @@ def environment(peers: Iterable[Peer], directory: Path) -> dict[str, Any]:
         "file_system": _file_system(directory),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {peer.package: installed(peer) for peer in peers},
+        "versions": {package: installed(package) for package in sorted(set(packages))},
     }
 
 
-def print_tables(
-    console: Console, title: str, samples: Samples, peaks: Mapping[str, Mapping[str, int]], nbytes: int
-) -> None:
-    """One table a measure, the fastest first."""
-    for measure, rows in summary(samples).items():
-        table = Table(title=f"{title}: {measure}", title_justify="left", box=None, pad_edge=False)
-        for column in ("", "median", "least to greatest", "GB/s", "times Holdfast's"):
-            table.add_column(column, justify="left" if not column else "right")
-        for name, row in sorted(rows.items(), key=lambda item: item[1]["median"]):
-            table.add_row(
-                f"[bold]{name}[/bold]" if name == HOLDFAST else name,
-                f"{row['median']:.3f} s",
-                f"{row['least']:.3f} to {row['greatest']:.3f}",
-                f"{nbytes / row['median'] / 1e9:.2f}",
-                f"{row['ratio']:.2f}" if "ratio" in row else "",
-            )
-        console.print(table, "")
-    if peaks:
-        console.print(_peaks_table(title, peaks), "")
-
-
-def _peaks_table(title: str, peaks: Mapping[str, Mapping[str, int]]) -> Table:
-    measures: Sequence[str] = list(next(iter(peaks.values())))
-    table = Table(title=f"{title}: beside the state itself", title_justify="left", box=None, pad_edge=False)
-    table.add_column("")
-    for measure in measures:
-        table.add_column(measure, justify="right")
-    for name, found in sorted(peaks.items(), key=lambda item: sum(item[1].values())):
-        table.add_row(name, *(f"{found[measure] / 1e6:.1f} MB" for measure in measures))
-    return table
+def figures(results: Mapping[str, Result]) -> dict[str, Any]:
+    """Everything that was measured, for programs: samples in seconds, bytes or ratios, and their summary."""
+    return {
+        name: {
+            "bytes": result.nbytes,
+            "samples": result.samples,
+            "summary": summary(result.samples),
+            "left_out": result.left_out,
+        }
+        for name, result in results.items()
+    }
 
 
 def _processor() -> str:

@@ -149,6 +149,8 @@ class Checkpointer:
             self.run.store.release()
             raise
         self._writer = self._new_writer()
+        if self.resumed_from is not None:
+            self._warm_up(self._writer)
         self._pid = os.getpid()
         self._saved_at_s = time.monotonic()
         return self
@@ -199,9 +201,7 @@ class Checkpointer:
         self._metrics = {}
         self._unsaved = True
         self._check(writer)
-        if not self._warmed_up:  # now the optimizers have their state, and nobody waits for a save yet
-            self._warmed_up = True
-            writer.warm_up(estimated_nbytes(self._state))
+        self._warm_up(writer)
         return self._save_if_due("step")
 
     def end_epoch(self, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
@@ -329,6 +329,12 @@ class Checkpointer:
                 "training will differ. Add it to the state.",
                 stacklevel=4,
             )
+
+    def _warm_up(self, writer: Writer) -> None:
+        """Once, when the optimizers have their state, have the memory made that the first save will need."""
+        if not self._warmed_up:
+            self._warmed_up = True
+            writer.warm_up(estimated_nbytes(self._state))
 
     def _new_writer(self) -> Writer:
         own = self.resumed_from if self._resumed_own else None

@@ -204,7 +204,7 @@ class Save:
 
         Args:
             arena: where to; it belongs to this save until it is finished or aborted.
-            late: addresses of tensors that are copied only in :meth:`finish`, see :class:`Staging`.
+            late: addresses of tensors that are copied only in :meth:`copy_rest`, see :class:`Staging`.
 
         Raises:
             MemoryError: there is no room; the save can be finished without.
@@ -214,12 +214,23 @@ class Save:
         self._live = {}
         return self._staging
 
-    def finish(self, names: Iterable[str], *, replace: bool = False) -> Checkpoint:
-        """Copy what was left, write, and commit under the first of ``names`` that is free. Blocks."""
-        try:
-            if self._staging is not None:
+    def copy_rest(self) -> None:
+        """Copy what was left for later. Blocks; an optimizer may be waiting for it.
+
+        Raises:
+            StrayWriteError: something else than an optimizer wrote it meanwhile. The save is aborted.
+        """
+        if self._staging is not None:
+            try:
                 with self.costs.of("stage_s"):
                     self._staging.finish()
+            except BaseException:
+                self.abort()
+                raise
+
+    def finish(self, names: Iterable[str], *, replace: bool = False) -> Checkpoint:
+        """Write, and commit under the first of ``names`` that is free. Blocks. What was left is copied by now."""
+        try:
             with self.costs.of("write_s"):
                 files = self._pending.write_files(self._images())
             self._live = {}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from holdfast.state.unchanged import Unchanged
 
 _logger = logging.getLogger("holdfast")
-_NICE = 10  # the training's threads go first
+_NICE = 10
 _WARM_UP_BYTES = 16 * 2**20  # less is made in no time
 
 
@@ -297,8 +297,6 @@ class Writer:
         """Do ``work`` in the background; False where no thread is to be had."""
 
         def run() -> None:
-            with contextlib.suppress(OSError, AttributeError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             time.sleep(0)  # lets go of Python's lock, so that the caller goes on first
             work()
 
@@ -317,6 +315,9 @@ class Writer:
 
     def _finish(self, save: Save, handle: SaveHandle, costs: _Costs) -> None:
         try:
+            save.copy_rest()  # first, and as fast as it can: an optimizer may be waiting
+            if threading.current_thread() is self._thread:
+                _give_way()
             checkpoint = save.finish(self._run.free_names(handle.step))
         except Exception as error:  # noqa: BLE001 - check() and the handle raise it
             self._fail(handle, error)
@@ -358,3 +359,9 @@ class Writer:
             self._run.store.log(msgspec.json.encode(event))
         except StorageError as error:
             _logger.warning("%s", error)
+
+
+def _give_way() -> None:
+    """Let the training's threads go first from here on; a thread cannot take that back."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -55,7 +55,8 @@ TARGETS = (
     Target("second save of a LoRA-like state, bytes per changed byte", "lora", measures.SECOND_BYTES, 1.05),
     Target("peak memory of a blocking save", "gpt2", measures.PEAK_SAVE, 64e6),
     Target("peak memory of a load", "gpt2", measures.PEAK_LOAD, 64e6),
-    Target("peak memory of background saves", "gpt2", measures.PEAK_BACKGROUND, 1.0, STATE),
+    # One state; the hundredth is for the headers of its files and the stacks of threads.
+    Target("peak memory of background saves", "gpt2", measures.PEAK_BACKGROUND, 1.01, STATE),
     Target("plan for 500 tensors", "planning", measures.PLAN, 0.001, who="holdfast, 500 tensors"),
     Target("plan for 20,000 tensors", "planning", measures.PLAN, 0.020, who="holdfast, 20,000 tensors"),
 )

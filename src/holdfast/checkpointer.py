@@ -53,8 +53,8 @@ class Checkpointer:
         overlap: copy parameters and optimizer state beside the next forward and backward, instead of at the call; the
             optimizers of ``state`` wait in their ``step()`` for what is left. Everything else is copied at the call.
             **Until the next optimizer step nothing else may write the weights.** Most such writes are noticed, and
-            fail the save with ``StrayWriteError``; writes through ``.data``, numpy or a fused optimizer that is not in
-            ``state`` are not, and would be saved.
+            fail the save with ``StrayWriteError``; writes through ``.data``, numpy or fused kernels are not, and would
+            be saved. See docs/saving.md.
         when_busy: ``"wait"`` for the save under way when the next one is due, or ``"skip"`` the one that is due, which
             ``skipped`` counts. What is asked for with ``save()`` always waits.
         share_unchanged: store what did not change since the last checkpoint, such as frozen parameters, once: it lies

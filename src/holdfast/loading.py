@@ -98,8 +98,9 @@ def restore(
         CorruptCheckpointError: damage was found while reading; live tensors may hold a mixture now.
         CheckpointNotFoundError: there is none.
     """
-    checkpoint = path if isinstance(path, Checkpoint) else open(path)
-    return restore_state(checkpoint, state, strict=strict, generators=generators)
+    with collector_paused():
+        checkpoint = path if isinstance(path, Checkpoint) else open(path)
+        return restore_state(checkpoint, state, strict=strict, generators=generators)
 
 
 def _decoded(checkpoint: Checkpoint, entry: str, node: Any, device: str | torch.device) -> Any:

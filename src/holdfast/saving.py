@@ -18,6 +18,7 @@ import torch
 
 from holdfast._version import __version__
 from holdfast.checkpoint import Checkpoint, reopen_checkpoint
+from holdfast.collector import collector_paused
 from holdfast.errors import CheckpointExistsError, UsageError
 from holdfast.format import manifest as manifests
 from holdfast.format import tree
@@ -297,9 +298,10 @@ class Save:
 
 
 def _planned(captured: Mapping[str, CapturedEntry], unchanged: Unchanged | None) -> tuple[Plan, dict[str, Source]]:
-    if unchanged is not None:
-        return unchanged.settle(captured, _planner)
-    return _planner.plan(captured), {}
+    with collector_paused():
+        if unchanged is not None:
+            return unchanged.settle(captured, _planner)
+        return _planner.plan(captured), {}
 
 
 def _environment() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from holdfast.checkpoint import Checkpoint
+from holdfast.collector import collector_paused
 from holdfast.errors import SaveTimeoutError, StorageError
 from holdfast.run import Run
 from holdfast.storage.arena import Arena
@@ -215,15 +216,17 @@ class Writer:
         self.drain()
         costs.waited()
         handle = SaveHandle(about.step, Future(), costs.report)
-        captured = capture()
-        costs.captured()
-        try:
-            save = Save(self._run.store, captured, about, unchanged=self._unchanged)
-        except StorageError as error:  # what the state or its user did wrong is raised here and now
-            self._fail(handle, error)
-            return handle
-        costs.planned(save)
-        if not self._stage(save, costs):
+        with collector_paused():
+            captured = capture()
+            costs.captured()
+            try:
+                save = Save(self._run.store, captured, about, unchanged=self._unchanged)
+            except StorageError as error:  # what the state or its user did wrong is raised here and now
+                self._fail(handle, error)
+                return handle
+            costs.planned(save)
+            staged = self._stage(save, costs)
+        if not staged:
             self._finish(save, handle, costs)
             costs.returned()
             return handle

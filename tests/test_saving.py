@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 
 import holdfast
-from holdfast.errors import StorageError, UnsupportedValueError, UsageError
+from holdfast.errors import CorruptCheckpointError, StorageError, UnsupportedValueError, UsageError
 from holdfast.format import envelope
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import CHUNK_BYTES
-from holdfast.storage.local import LocalStore
+from holdfast.storage.local import LocalPending, LocalStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -305,3 +305,17 @@ assert all(loaded[name].tolist() == state[name].tolist() for name in state)
     command = [sys.executable, "-c", script, str(tmp_path / "x")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_manifest_that_is_another_after_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was committed is looked at again: a valid manifest that is not the one written is damage, not success."""
+    other = Path(holdfast.save(tmp_path / "other", {"w": torch.zeros(3)}).path) / "manifest.json"
+    commit = LocalPending.commit
+
+    def tampered(pending: LocalPending, name: str, manifest: bytes) -> None:
+        commit(pending, name, manifest)
+        (tmp_path / name / "manifest.json").write_bytes(other.read_bytes())
+
+    monkeypatch.setattr(LocalPending, "commit", tampered)
+    with pytest.raises(CorruptCheckpointError, match="is not what was just written"):
+        holdfast.save(tmp_path / "x", {"w": torch.ones(3)})

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from benchmarks.background import BackgroundPeer
+from benchmarks.background import BackgroundPeer, Session
 from benchmarks.files import remove
 from benchmarks.peers import Peer
 from benchmarks.training import Training
@@ -60,32 +60,35 @@ def check_blocking(peer: Peer, saved: Workload, live: Workload, path: Path) -> N
 
 def check_background(peer: BackgroundPeer, saved: Workload, live: Workload, directory: Path) -> None:
     """What is loaded must be what was there at the call of ``save()``, though all is changed while it is written."""
+
+    def change(session: Session) -> None:
+        with session.guard():
+            saved.change()
+        session.stepped()
+
+    _check_saves(peer, saved, live, directory, change)
+
+
+def check_training(peer: BackgroundPeer, training: Training, live: Workload, directory: Path) -> None:
+    """What is loaded must be what was there at the call of ``save()``, though the training went on."""
+
+    def train(session: Session) -> None:
+        for _ in range(training.steps):
+            training.step(session.guard())
+            session.stepped()
+
+    _check_saves(peer, training.workload, live, directory, train)
+
+
+def _check_saves(
+    peer: BackgroundPeer, saved: Workload, live: Workload, directory: Path, go_on: Callable[[Session], None]
+) -> None:
     try:
         with peer.open(saved, directory) as session:
             for _ in range(2):
                 expected = {name: tensor.clone() for name, tensor in saved.tensors.items()}
                 wait = session.save()
-                with session.guard():
-                    saved.change()
-                session.stepped()
-                wait()
-                clear(live)
-                session.load(live)
-                compare(expected, live.tensors)
-    finally:
-        remove(directory)
-
-
-def check_training(peer: BackgroundPeer, training: Training, live: Workload, directory: Path) -> None:
-    """What is loaded must be what was there at the call of ``save()``, though the training went on."""
-    try:
-        with peer.open(training.workload, directory) as session:
-            for _ in range(2):
-                expected = {name: tensor.clone() for name, tensor in training.workload.tensors.items()}
-                wait = session.save()
-                for _ in range(training.steps):
-                    training.step(session.guard())
-                    session.stepped()
+                go_on(session)
                 wait()
                 clear(live)
                 session.load(live)

@@ -54,10 +54,10 @@ def load(
         raise UsageError(
             f"mmap=True gives tensors that lie in files; expected device='cpu', found {device!r}.", key="mmap"
         )
-    checkpoint = open(path)
-    selection = _Selection(checkpoint, only)
-    loaded = {}
     with collector_paused():
+        checkpoint = open(path)
+        selection = _Selection(checkpoint, only)
+        loaded = {}
         for entry, node in checkpoint.manifest.state.items():
             if entry.startswith("_"):
                 continue
@@ -67,7 +67,7 @@ def load(
         selection.check()
         targets = _Targets(torch.device(device), map_leaves(checkpoint, _leaves(loaded)) if mmap else {})
         filled = {entry: targets.place(value) for entry, value in loaded.items()}
-    fill(checkpoint, targets.copies, whole=only is None and not mmap)
+        fill(checkpoint, targets.copies, whole=only is None and not mmap)
     return filled
 
 

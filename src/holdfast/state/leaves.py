@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.collector import collector_paused
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import TensorRecord, is_shape
 from holdfast.format.tree import plain_numpy_dtype
@@ -160,20 +159,19 @@ def fill(
         whole: verify also the chunks that hold none of it.
     """
     wanted: dict[str, list[Read]] = {}
-    with collector_paused():
-        for saved, target in copies:
-            record = saved.record
-            itemsize = DTYPES[record.dtype].itemsize
-            for piece in record.pieces:
-                nbytes = math.prod(piece.shape) * itemsize
-                if nbytes:
-                    if isinstance(saved, SavedTensor):
-                        sink = tensor_sink(target, record, piece)
-                    elif len(record.pieces) == 1:
-                        sink = array_sink(target)  # its shape may be another than that of its bytes
-                    else:
-                        sink = array_sink(box_of(target, piece.offset, piece.shape))
-                    wanted.setdefault(piece.file, []).append(Read(piece.begin, nbytes, sink))
+    for saved, target in copies:
+        record = saved.record
+        itemsize = DTYPES[record.dtype].itemsize
+        for piece in record.pieces:
+            nbytes = math.prod(piece.shape) * itemsize
+            if nbytes:
+                if isinstance(saved, SavedTensor):
+                    sink = tensor_sink(target, record, piece)
+                elif len(record.pieces) == 1:
+                    sink = array_sink(target)  # its shape may be another than that of its bytes
+                else:
+                    sink = array_sink(box_of(target, piece.offset, piece.shape))
+                wanted.setdefault(piece.file, []).append(Read(piece.begin, nbytes, sink))
     on_cuda = synchronize(target for _, target in copies)
     checkpoint.read_files(wanted, whole=whole, allocate=pinned_buffer if on_cuda else memory.allocate)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from holdfast.collector import collector_paused
 from holdfast.format import safetensors
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import Piece, TensorRecord
@@ -85,8 +84,7 @@ class Planner:
         last = self._last
         if last is not None and last[0] == structure:
             return last[1]
-        with collector_paused():
-            made = _make(captured, groups)
+        made = _make(captured, groups)
         self._last = structure, made
         return made
 

@@ -16,7 +16,6 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.collector import collector_paused
 from holdfast.errors import CorruptCheckpointError, Damage, HoldfastError, StateMismatchError, UsageError
 from holdfast.format import tree
 from holdfast.format.manifest import TensorRecord
@@ -42,14 +41,13 @@ def restore_state(
         StateMismatchError: the structures differ (``strict``), or nothing matches at all. Nothing was touched.
         CorruptCheckpointError: damage was found while reading. Live tensors may hold a mixture: restore another one.
     """
-    with collector_paused():
-        plan = _Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, state), strict)
-        for entry, live in state.items():
-            _plan_entry(plan, state, entry, live)
-        if generators and RNG_ENTRY in checkpoint.manifest.state:
-            saved = plan.saved(RNG_ENTRY)
-            plan.install(_GENERATORS_LAST, lambda: plan.findings.notes.extend(rng.restore_global(saved)))
-        report = plan.report(state)
+    plan = _Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, state), strict)
+    for entry, live in state.items():
+        _plan_entry(plan, state, entry, live)
+    if generators and RNG_ENTRY in checkpoint.manifest.state:
+        saved = plan.saved(RNG_ENTRY)
+        plan.install(_GENERATORS_LAST, lambda: plan.findings.notes.extend(rng.restore_global(saved)))
+    report = plan.report(state)
     _refuse(report, plan.findings, strict)
     with torch.no_grad():
         fill(checkpoint, plan.copies, whole=not report.skipped)

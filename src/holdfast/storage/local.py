@@ -60,7 +60,7 @@ class LocalFile:
 
     def __init__(self, descriptor: Descriptor) -> None:
         self._descriptor = descriptor
-        self._direct = False
+        self._direct_once = False  # whether reads were sent past the page cache; threads may still be on their way
         self.nbytes = os.fstat(descriptor.fd).st_size
 
     def choose_way(self) -> int:
@@ -72,30 +72,22 @@ class LocalFile:
         if self.nbytes < DIRECT_READ_BYTES or cached_share(self._descriptor, self.nbytes) > MOSTLY:
             return 1
         alignment = direct.enable(self._descriptor)
-        self._direct = 0 < alignment <= direct.PAGE_BYTES
-        return DIRECT_READ_BYTES if self._direct else 1
+        self._direct_once = 0 < alignment <= direct.PAGE_BYTES
+        return DIRECT_READ_BYTES if self._direct_once else 1
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` from ``offset``; returns how many bytes there were."""
-        if self._direct:
-            try:
-                return self._read_direct(offset, buffer)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                # Some file systems take the flag and refuse the reads.
-                self._direct = False
-                direct.disable(self._descriptor)
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._descriptor.fd, [buffer[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
-        return done
+        try:
+            return self._fill(offset, buffer)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct_once:
+                raise
+        # Some file systems take the flag and refuse the reads. The same bytes again, the ordinary way.
+        direct.disable(self._descriptor)
+        return self._fill(offset, buffer)
 
-    def _read_direct(self, offset: int, buffer: memoryview) -> int:
-        """The same past the page cache: whatever stops in the middle of a block has reached the end of the file."""
+    def _fill(self, offset: int, buffer: memoryview) -> int:
+        """Past the page cache, what stops in the middle of a block has reached the end: nothing is asked for there."""
         done = 0
         while done < len(buffer) and offset + done < self.nbytes:
             count = os.preadv(self._descriptor.fd, [buffer[done:]], offset + done)

@@ -25,8 +25,9 @@ FLOORS = (
     ("state",),
     ("saving", "loading"),
     ("run",),
-    ("policies",),
-    ("resume", "writer"),
+    ("policies", "pace", "progress", "config"),
+    ("resume", "writer", "loaders"),
+    ("keeping",),
     ("checkpointer",),
     ("classic",),
     ("cli",),
@@ -35,7 +36,9 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 FREE = ("__init__", "__main__", "_version")  # they stand outside: the door, the bell and the number on the house
 
 # Looking at checkpoints, from Python or from the command line, does not load torch, which takes seconds.
-WITHOUT_TORCH = tuple("errors format storage inspection checkpoint run policies cli __init__ _version".split())
+WITHOUT_TORCH = tuple(
+    "errors format storage inspection checkpoint run policies pace progress config cli __init__ _version".split()
+)
 
 # format says what bytes mean; where they lie is not its business.
 IO_MODULES = frozenset("asyncio fcntl http io mmap os shutil socket subprocess tempfile urllib".split())

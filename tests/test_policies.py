@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from holdfast import Every, KeepBest, KeepEvery, KeepLast
 from holdfast.errors import UsageError
-from holdfast.policies import Moment, ranking_metrics
+from holdfast.policies import Moment, daly_s, ranking_metrics, spacing_s
 
 NAN = float("nan")
 INF = float("inf")
@@ -36,7 +37,7 @@ class AtStepSeven:
         return "seven" if moment.step == 7 else None
 
 
-S, E = "step", "epoch"
+S, E, B = "step", "epoch", "batch"
 SAVES = [
     # policy, (event, step, epoch, seconds since the last save), reason
     (Every(steps=5), (S, 5, 0, 0.0), "every 5 steps"),
@@ -61,6 +62,24 @@ SAVES = [
     (Every(steps=5) | Every(steps=3) | Every(steps=2), (S, 30, 0, 0.0), "every 5 steps, every 3 steps, every 2 steps"),
     (Never() | Every(steps=5), (S, 5, 0, 0.0), "every 5 steps"),
     (Every(steps=5) | AtStepSeven(), (S, 7, 0, 0.0), "seven"),
+    (Every(steps=5), (B, 5, 0, 9e9), None),  # no step: the batch only added its gradients
+    (Every(minutes=1), (B, 5, 0, 60.0), "every minute"),
+    # event, step, epoch, seconds since the last save, saves, cost of one in seconds, whether one is under way
+    (Every(overhead=0.02), (S, 1, 0, 0.0, 0, None), "at most 0.02 of the time: the first, to be measured"),
+    (Every(overhead=0.02), (S, 9, 0, 9e9, 1, None), None),  # not measured yet
+    (Every(overhead=0.02), (S, 9, 0, 49.9, 1, 1.0), None),
+    (Every(overhead=0.02), (S, 9, 0, 50.0, 1, 1.0), "at most 0.02 of the time: every 50 s"),
+    (Every(overhead=0.02), (E, 9, 1, 50.0, 1, 1.0), "at most 0.02 of the time: every 50 s"),
+    (Every(overhead=0.02), (B, 9, 0, 50.0, 1, 1.0), "at most 0.02 of the time: every 50 s"),
+    (Every(overhead=0.02), (S, 9, 0, 9e9, 2, 1.0, True), None),  # the one under way is not measured yet
+    (Every(overhead=0.5), (S, 9, 0, 0.2, 1, 0.1), "at most 0.5 of the time: every 0.2 s"),
+    # Daly: sqrt(2 * 1 * 36000) is 268 s, of which the higher order takes 0.7 s
+    (Every(overhead=0.02, mtbf_hours=10), (S, 9, 0, 267.0, 1, 1.0), None),
+    (Every(overhead=0.02, mtbf_hours=10), (S, 9, 0, 268.0, 1, 1.0), "at most 0.02 of the time: every 268 s"),
+    # of which the budget allows only one in 1000 s
+    (Every(overhead=0.001, mtbf_hours=10), (S, 9, 0, 999.0, 1, 1.0), None),
+    (Every(overhead=0.001, mtbf_hours=10), (S, 9, 0, 1000.0, 1, 1.0), "at most 0.001 of the time: every 1e+03 s"),
+    (Every(overhead=0.5) | Every(steps=5), (S, 5, 0, 0.0, 1, 9.0), "every 5 steps"),
 ]
 
 
@@ -68,6 +87,39 @@ SAVES = [
 def test_when_a_save_is_due(policy: Any, moment: tuple[Any, ...], expected: str | None) -> None:
     """The reason of every policy that is due, or None."""
     assert policy.due(Moment(*moment)) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "cost_s", "expected"),
+    [
+        (Every(overhead=0.02), 1.0, 50.0),
+        (Every(steps=5), 1.0, None),
+        (Every(steps=5) | Every(overhead=0.02) | Every(overhead=0.1), 1.0, 10.0),
+        (Every(steps=5) | Every(epochs=1), 1.0, None),
+        (AtStepSeven(), 1.0, None),
+    ],
+)
+def test_how_far_apart_saves_are_at_a_cost(policy: Any, cost_s: float, expected: float | None) -> None:
+    """The shortest of those that go by the cost; a user's own policy need not know of it."""
+    assert spacing_s(policy, cost_s) == expected
+
+
+def test_the_optimum_loses_least_time() -> None:
+    """Daly's estimate is where the expected loss, by his own model of a whole run, is least."""
+    cost_s, mtbf_s = 10.0, 3600.0
+
+    def lost(spacing: float) -> float:
+        # Expected time per second of work with failures that come at random: equation 20, without restart.
+        return mtbf_s * (math.exp((spacing + cost_s) / mtbf_s) - 1) / spacing
+
+    best = min(range(50, 1000), key=lost)
+
+    assert daly_s(cost_s, mtbf_s) == pytest.approx(best, rel=0.01)
+
+
+def test_the_optimum_when_a_save_takes_longer_than_machines_live() -> None:
+    """Beyond the range of the estimate, the mean time between failures."""
+    assert daly_s(cost_s=100.0, mtbf_s=40.0) == 40.0
 
 
 # -------------------------------------------------------------------------------------------------------- what to keep
@@ -196,6 +248,12 @@ WRONG = [
     (lambda: Every(minutes=-1), "Every(minutes=): expected a positive number, found -1"),
     (lambda: Every(minutes=NAN), "Every(minutes=)"),
     (lambda: Every(minutes=INF), "Every(minutes=)"),
+    (lambda: Every(overhead=1), "Every(overhead=): expected a share between 0 and 1"),
+    (lambda: Every(overhead=0), "Every(overhead=): expected a positive number"),
+    (lambda: Every(overhead=0.1, minutes=1), "exactly one of steps="),
+    (lambda: Every(mtbf_hours=3), "exactly one of steps="),
+    (lambda: Every(minutes=1, mtbf_hours=3), "it belongs to overhead="),
+    (lambda: Every(overhead=0.1, mtbf_hours=0), "Every(mtbf_hours=): expected a positive number"),
     (lambda: KeepLast(0), "KeepLast(n)"),
     (lambda: KeepLast("3"), "KeepLast(n)"),  # type: ignore[arg-type]
     (lambda: KeepBest("loss", "lowest"), "KeepBest('loss', mode): expected 'min' or 'max', found 'lowest'"),

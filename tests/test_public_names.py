@@ -22,6 +22,7 @@ FUNCTIONS_AND_CLASSES = [
     "KeepEvery",
     "KeepLast",
     "RestoreReport",
+    "Resume",
     "Run",
     "SaveHandle",
     "SaveReport",

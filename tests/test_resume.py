@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import holdfast
-from holdfast import Checkpoint, Checkpointer, Every, KeepBest, KeepLast, Run
+from holdfast import Checkpoint, Checkpointer, Every, KeepBest, KeepLast, Resume, Run
 from holdfast.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     FormatVersionError,
+    UnsupportedValueError,
     UsageError,
 )
 from holdfast.format import envelope
@@ -224,3 +225,209 @@ def test_differences_are_told(path: Path, caplog: pytest.LogCaptureFixture) -> N
     holdfast.Run(path).save(state, step=4)
     resumed(path)
     assert "not in the state, and so not restored: y" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------ with changes, or in part
+
+
+def training() -> dict[str, Any]:
+    """A model with an optimizer and a scheduler, and something to configure."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    return {"model": model, "optimizer": optimizer, "scheduler": scheduler, "settings": {"heat": 1.0}}
+
+
+def advance(state: dict[str, Any], ckpt: Checkpointer, steps: int) -> list[float]:
+    """Some steps of it; the rate that each was made with."""
+    rates = []
+    for _ in range(steps):
+        rates.append(state["optimizer"].param_groups[0]["lr"])
+        state["model"](torch.ones(1, 2)).sum().backward()
+        state["optimizer"].step()
+        state["scheduler"].step()
+        ckpt.step()
+    return rates
+
+
+def run_process(path: Path, steps: int, **options: Any) -> list[float]:
+    """One process of a training."""
+    state = training()
+    with Checkpointer(path, state, **options) as ckpt:
+        return advance(state, ckpt, steps)
+
+
+def test_a_learning_rate_that_is_changed_goes_on_from_there(tmp_path: Path) -> None:
+    """The next step is made with it, and the schedule goes on as it would have, in proportion."""
+    run_process(tmp_path / "run", 2)
+
+    rates = run_process(tmp_path / "run", 2, resume=Resume(override={"optimizer.lr": 1.0}))
+
+    assert rates == pytest.approx([1.0, 0.75])  # it would have been 1/6 and 1/8
+
+
+def test_an_override_is_set_once(tmp_path: Path) -> None:
+    """A process that continues from a checkpoint saved under it does not turn the schedule back."""
+    override = Resume(override={"optimizer.lr": 1.0, "settings.heat": 2.0})
+    run_process(tmp_path / "run", 2)
+    run_process(tmp_path / "run", 2, resume=override)
+
+    assert run_process(tmp_path / "run", 1, resume=override) == pytest.approx([0.6])
+
+
+def test_another_value_is_another_override(tmp_path: Path) -> None:
+    """What is new in it is set; what is as before is left as it has become."""
+    run_process(tmp_path / "run", 2)
+    run_process(tmp_path / "run", 2, resume=Resume(override={"optimizer.lr": 1.0}))
+    both = Resume(override={"optimizer.lr": 1.0, "settings.heat": 3.0})
+
+    assert run_process(tmp_path / "run", 1, resume=both) == pytest.approx([0.6])
+    assert holdfast.load(Run(tmp_path / "run")[5].path)["settings"] == {"heat": 3.0}
+
+
+def test_an_override_that_was_taken_back_counts_again(tmp_path: Path) -> None:
+    """What counts is the override of the process that saved."""
+    override = Resume(override={"optimizer.lr": 1.0})
+    run_process(tmp_path / "run", 2)
+    run_process(tmp_path / "run", 2, resume=override)
+    run_process(tmp_path / "run", 1)
+
+    assert run_process(tmp_path / "run", 1, resume=override) == [1.0]
+
+
+def test_a_new_run_is_not_overridden(tmp_path: Path) -> None:
+    """There is nothing to resume: the script's own values count."""
+    assert run_process(tmp_path / "run", 1, resume=Resume(override={"optimizer.lr": 9.0})) == [0.5]
+
+
+def test_what_was_overridden_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the value before and after."""
+    run_process(tmp_path / "run", 1)
+
+    run_process(tmp_path / "run", 0, resume=Resume(override={"settings.heat": 2.0}))
+
+    assert "settings.heat: 1.0 -> 2.0" in caplog.text
+
+
+def test_only_the_model_of_another_run(tmp_path: Path) -> None:
+    """Step, epoch, optimizer and generators are fresh; the model is trained."""
+    run_process(tmp_path / "pretrained", 3)
+    trained = holdfast.load(Run(tmp_path / "pretrained")[3].path, only="model")["model"]["weight"]
+    state = training()
+    torch.manual_seed(77)
+    generator = torch.get_rng_state()
+
+    with Checkpointer(tmp_path / "run", state, resume=Resume(tmp_path / "pretrained", only=["model"])) as ckpt:
+        assert (ckpt.global_step, ckpt.epoch) == (0, 0)
+        assert torch.equal(state["model"].weight, trained)
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert advance(state, ckpt, 1) == [0.5]
+
+
+def test_a_fine_tuning_is_resumed_whole(tmp_path: Path) -> None:
+    """Once the run has a checkpoint of its own, that is where it continues, with everything."""
+    run_process(tmp_path / "pretrained", 3)
+    spec = Resume(tmp_path / "pretrained", only=["model"])
+    run_process(tmp_path / "run", 2, resume=spec)
+
+    state = training()
+    with Checkpointer(tmp_path / "run", state, resume=spec) as ckpt:
+        assert ckpt.global_step == 2
+        assert advance(state, ckpt, 1) == pytest.approx([0.5 / 3])
+
+
+def test_a_new_head_on_a_trained_body(tmp_path: Path) -> None:
+    """``strict=False`` takes what matches, and the report says what does not."""
+    holdfast.save(tmp_path / "old", {"model": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 9))})
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
+    spec = Resume(tmp_path / "old", only=["model"], strict=False)
+
+    with Checkpointer(tmp_path / "run", {"model": model}, resume=spec) as ckpt:
+        assert ckpt.report is not None
+        assert [item.name for item in ckpt.report.misshapen] == ["model/1.weight", "model/1.bias"]
+
+    assert torch.equal(model[0].weight, holdfast.load(tmp_path / "old")["model"]["0.weight"])
+
+
+def test_where_a_run_came_from(tmp_path: Path) -> None:
+    """It is remembered by every checkpoint, also after the run was resumed itself; the parent is the last one."""
+    run_process(tmp_path / "first", 3)
+    origin = Run(tmp_path / "first")[3]
+
+    run_process(tmp_path / "second", 1, resume=tmp_path / "first")
+    run_process(tmp_path / "second", 1, resume=tmp_path / "first")
+
+    began, went_on = list(Run(tmp_path / "second"))
+    expected = {"run_id": origin.run_id, "checkpoint_id": origin.checkpoint_id, "step": 3}
+    assert [began.loop["origin"], went_on.loop["origin"]] == [expected, expected]
+    assert [began.parent, went_on.parent] == [origin.checkpoint_id, began.checkpoint_id]
+    assert began.run_id == went_on.run_id != origin.run_id
+
+
+def test_a_run_of_its_own_has_no_origin(tmp_path: Path) -> None:
+    """Nothing is made up."""
+    run_process(tmp_path / "run", 1)
+
+    assert "origin" not in Run(tmp_path / "run")[1].loop
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"source": True}, "expected 'latest', 'never', 'best:<metric>', a step or a path, found True"),
+        ({"source": None}, "found None"),
+        ({"override": ["optimizer.lr"]}, "expected paths to values"),
+        ({"only": ["model"]}, "it starts a new run from the path"),
+        ({"source": 3, "only": ["model"]}, "it starts a new run from the path"),
+        ({"source": "best:loss", "only": ["model"]}, "it starts a new run from the path"),
+        ({"strict": False}, "say with only= what to start from"),
+    ],
+)
+def test_a_resume_that_contradicts_itself(options: dict[str, Any], words: str) -> None:
+    """It is refused when it is made, before any directory is."""
+    with pytest.raises(UsageError, match=words):
+        Resume(**options)
+
+
+# ---------------------------------------------------------------------------------------------------- configurations
+
+
+def configured(path: Path, config: Any) -> Checkpointer:
+    """A process that records a configuration, ended."""
+    with Checkpointer(path, {"x": torch.zeros(1)}, config=config) as ckpt:
+        ckpt.step()
+    return ckpt
+
+
+def test_a_configuration_is_in_each_checkpoint(tmp_path: Path) -> None:
+    """As it was given."""
+    configured(tmp_path / "run", {"lr": 0.1, "betas": (0.9, 0.95)})
+
+    assert Run(tmp_path / "run")[1].config == {"lr": 0.1, "betas": (0.9, 0.95)}
+
+
+def test_what_changed_in_the_configuration(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is shown as a diff, and can be asked for."""
+    configured(tmp_path / "run", {"lr": 0.1, "name": "x"})
+
+    ckpt = configured(tmp_path / "run", {"lr": 0.2, "name": "x", "warmup": 10})
+
+    assert list(map(str, ckpt.config_changes)) == ["  lr: 0.1 -> 0.2", "+ warmup: 10"]
+    assert "lr: 0.1 -> 0.2\n  + warmup: 10" in caplog.text
+
+
+def test_the_same_configuration_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither does one that is recorded for the first time."""
+    configured(tmp_path / "run", None)
+    first = configured(tmp_path / "run", {"lr": 0.1})
+    second = configured(tmp_path / "run", {"lr": 0.1})
+
+    assert (first.config_changes, second.config_changes) == ((), ())
+    assert "configuration" not in caplog.text
+
+
+def test_a_configuration_that_cannot_be_saved(tmp_path: Path) -> None:
+    """It fails at once, not at the first save."""
+    with pytest.raises(UnsupportedValueError, match=r"config\.loss"):
+        Checkpointer(tmp_path / "run", {}, config={"loss": print})

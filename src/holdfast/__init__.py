@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from holdfast.format.codecs import register_codec
     from holdfast.loading import load, restore
     from holdfast.policies import Every, KeepBest, KeepEvery, KeepLast
+    from holdfast.resume import Resume
     from holdfast.run import Run
     from holdfast.saving import save
     from holdfast.state.report import RestoreReport
@@ -38,6 +39,7 @@ _HOMES = {
     "KeepEvery": "policies",
     "KeepLast": "policies",
     "RestoreReport": "state.report",
+    "Resume": "resume",
     "Run": "run",
     "SaveHandle": "writer",
     "SaveReport": "writer",
@@ -57,6 +59,7 @@ __all__ = [
     "KeepEvery",
     "KeepLast",
     "RestoreReport",
+    "Resume",
     "Run",
     "SaveHandle",
     "SaveReport",

@@ -25,7 +25,14 @@ from holdfast.format import manifest as manifests
 from holdfast.format import tree
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import Annotations, FileRecord, Head, Manifest, TensorRecord
-from holdfast.format.names import ANNOTATIONS, MANIFEST, CheckpointName, is_tensor_file_name
+from holdfast.format.names import (
+    ANNOTATIONS,
+    CONFIG_ENTRY,
+    LOOP_ENTRY,
+    MANIFEST,
+    CheckpointName,
+    is_tensor_file_name,
+)
 from holdfast.inspection import (
     annotations_damage,
     damaged_chunks,
@@ -187,6 +194,21 @@ class Checkpoint:
                 for entry, node in self.manifest.state.items()
                 if not entry.startswith("_")
             }
+
+    @property
+    def config(self) -> Any:
+        """What the user recorded as ``config=``; None when that was nothing."""
+        return self._own_entry(CONFIG_ENTRY)
+
+    @property
+    def loop(self) -> dict[str, Any]:
+        """Where in its epoch the training was: ``steps_in_epoch``, ``accumulated``, and where the run comes from."""
+        loop = self._own_entry(LOOP_ENTRY)
+        return loop if isinstance(loop, dict) else {}
+
+    def _own_entry(self, entry: str) -> Any:
+        with self._decoding():
+            return tree.decode(self.manifest.state.get(entry), tree.OpaqueLeaves())
 
     # ---------------------------------------------------------------------------------------------------- its bytes
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.errors import MissingMetricError, UsageError
-from holdfast.policies import Every, KeepLast, Moment, SavePolicy, ranking_metrics
-from holdfast.resume import Resume, resume_run
+from holdfast.config import ConfigChange, config_changes, decode_config, encode_config
+from holdfast.errors import UsageError
+from holdfast.format.names import CONFIG_ENTRY, LOOP_ENTRY
+from holdfast.keeping import Keeper
+from holdfast.loaders import Loaders
+from holdfast.pace import Pace
+from holdfast.policies import Every, KeepLast, Moment, SavePolicy, spacing_s
+from holdfast.progress import Progress
+from holdfast.resume import Resume, Source, resume_run
 from holdfast.run import Retention, Run
 from holdfast.saving import About, encode_metrics
-from holdfast.state.capture import LOOP_ENTRY, CapturedEntry, capture
+from holdfast.state.capture import CapturedEntry, capture
 from holdfast.state.forgotten import forgotten
 from holdfast.state.guard import StepGuard
 from holdfast.state.kinds import estimated_nbytes
@@ -26,6 +32,7 @@ from holdfast.state.unchanged import Unchanged
 from holdfast.writer import SaveHandle, Writer
 
 _logger = logging.getLogger("holdfast")
+_NEWS = 0.25  # a distance between saves that changed by less is not worth a line
 
 
 class Checkpointer:
@@ -48,7 +55,10 @@ class Checkpointer:
         save: when to save; every ten minutes by default.
         keep: what to keep; the last three checkpoints by default.
         resume: ``"latest"``, ``"never"``, ``"best:<metric>"``, a step, or the path of a checkpoint or run to start
-            from. A path counts only as long as this run has no checkpoint of its own.
+            from. A path counts only as long as this run has no checkpoint of its own. A :class:`holdfast.Resume` says
+            more: what shall be otherwise from there on, or what part to start from.
+        config: anything that JSON can say, recorded with each checkpoint. On resuming, what changed in it since is
+            logged, and listed in ``config_changes``.
         background: ``False`` writes at the call, without a copy of the state.
         overlap: copy parameters and optimizer state beside the next forward and backward, instead of at the call; the
             optimizers of ``state`` wait in their ``step()`` for what is left. Everything else is copied at the call.
@@ -86,7 +96,8 @@ class Checkpointer:
         *,
         save: SavePolicy = Every(minutes=10),  # noqa: B008 - policies are frozen
         keep: Retention = KeepLast(3),  # noqa: B008 - policies are frozen
-        resume: Resume = "latest",
+        resume: Resume | Source = "latest",
+        config: Any = None,
         background: bool = True,
         overlap: bool = False,
         when_busy: Literal["wait", "skip"] = "wait",
@@ -98,11 +109,14 @@ class Checkpointer:
         self.run = Run(path)
         self.resumed_from: Checkpoint | None = None
         self.report: RestoreReport | None = None
+        self.config_changes: tuple[ConfigChange, ...] = ()
         self.skipped = 0
         self._state = state
         self._save_policy = save
+        self._keeper = Keeper(self.run, keep)
         self._keep_policy = keep
-        self._resume = resume
+        self._resume = resume if isinstance(resume, Resume) else Resume(resume)
+        self._config = encode_config(config)
         self._background = background
         self._overlap = overlap
         self._when_busy = when_busy
@@ -112,28 +126,33 @@ class Checkpointer:
         self._pid = 0
         self._run_id = ""
         self._resumed_own = False
-        self._step = 0
-        self._epoch = 0
-        self._steps_in_epoch = 0
+        self._progress = Progress()
+        self._pace = Pace()
+        self._loaders = Loaders(())
         self._metrics: dict[str, Any] = {}
         self._unsaved = False
-        self._saved_at_s = 0.0
+        self._saves = 0
         self._last: SaveHandle | None = None
         self._looked_for_forgotten = False
         self._warmed_up = False
-        self._told_of_no_candidates = False
+        self._told_spacing_s = 0.0
 
     # ------------------------------------------------------------------------------------------------- where it is
 
     @property
     def epoch(self) -> int:
         """Epochs done, which is the number of the epoch to go on with: ``range(ckpt.epoch, epochs)``."""
-        return self._epoch
+        return self._progress.epoch
 
     @property
     def global_step(self) -> int:
         """Optimizer steps done, over all processes that this run was continued by."""
-        return self._step
+        return self._progress.step
+
+    @property
+    def accumulated(self) -> int:
+        """Batches whose gradients wait for the next optimizer step, as told by ``step(accumulating=True)``."""
+        return self._progress.accumulated
 
     # ------------------------------------------------------------------------------------------------- the block
 
@@ -152,7 +171,8 @@ class Checkpointer:
         if self.resumed_from is not None:
             self._warm_up(self._writer)
         self._pid = os.getpid()
-        self._saved_at_s = time.monotonic()
+        self._loaders = Loaders.in_state(self._state)
+        self._pace = Pace()
         return self
 
     def __exit__(
@@ -185,8 +205,12 @@ class Checkpointer:
 
     # --------------------------------------------------------------------------------------------------- the loop
 
-    def step(self) -> SaveHandle | None:
+    def step(self, *, accumulating: bool = False) -> SaveHandle | None:
         """Tell that one optimizer step is done. Begins a save when the save policy says so.
+
+        Args:
+            accumulating: the optimizer made no step: the batch added its gradients to those that wait for the next one.
+                ``global_step`` stays, and a save that falls in between holds the gradients too.
 
         Returns:
             The save, if one was begun.
@@ -195,14 +219,15 @@ class Checkpointer:
             StorageError: a save failed, this one or the one before. Earlier checkpoints are intact, and training may
                 go on.
         """
-        writer = self._in_block()
-        self._step += 1
-        self._steps_in_epoch += 1
-        self._metrics = {}
-        self._unsaved = True
-        self._check(writer)
-        self._warm_up(writer)
-        return self._save_if_due("step")
+        with self._standing_still(whole_step=True):
+            if accumulating:
+                self._progress.count_batch()
+            else:
+                self._progress.count_step()
+            self._metrics = {}
+            self._changed()
+            self._warm_up(self._in_block())
+            return self._save_if_due("batch" if accumulating else "step")
 
     def end_epoch(self, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
         """Tell that an epoch is done. Call it last in the epoch, after the scheduler's step.
@@ -217,45 +242,73 @@ class Checkpointer:
             MissingMetricError: the retention policy ranks by a metric that is not among ``metrics``.
             StorageError: a save failed. Earlier checkpoints are intact, and training may go on.
         """
-        writer = self._in_block()
-        self._check_metrics(metrics or {})
-        encoded = encode_metrics(metrics)
-        self._epoch += 1
-        self._steps_in_epoch = 0
-        self._metrics = encoded
-        self._unsaved = True
-        self._check(writer)
-        handle = self._save_if_due("epoch")
-        if handle is None and encoded:
-            self._keep_metrics()
-        return handle
+        with self._standing_still():
+            self._keeper.check(metrics or {})
+            encoded = encode_metrics(metrics)
+            self._progress.count_epoch()
+            self._loaders.end_epoch()
+            self._metrics = encoded
+            self._changed()
+            handle = self._save_if_due("epoch")
+            if handle is None and encoded:
+                self._keep_metrics()
+            return handle
 
     def save(self, metrics: Mapping[str, float] | None = None, *, reason: str = "asked for") -> SaveHandle:
         """Begin a save now, whatever the policy says; waits for the one under way to end first.
 
-        ``save().result()`` waits until it is durable.
+        ``save().result()`` waits until it is durable. It belongs right after ``step()`` or ``end_epoch()``: between a
+        batch and its ``step()`` the position in the data is already behind that batch.
 
         Args:
             metrics: what was measured of the state as it is now.
             reason: why, in words, for whoever lists the run.
         """
+        with self._standing_still():
+            self._check(self._in_block())
+            self._loaders.warn_of_batch_in_hand(self.run.path)
+            self._metrics = {**self._metrics, **encode_metrics(metrics)}
+            return self._submit(reason)
+
+    @contextmanager
+    def _standing_still(self, *, whole_step: bool = False) -> Iterator[None]:
+        """The training called, and waits until it may go on."""
+        writer = self._in_block()
+        if self._pace.stop(busy=writer.busy(), whole_step=whole_step):
+            self._tell_spacing()
+        try:
+            yield
+        finally:
+            self._pace.go()
+
+    def _changed(self) -> None:
+        """The training went on: there is something to save, and a failure to raise, if there was one."""
+        self._unsaved = True
+        self._loaders.note_step()
         self._check(self._in_block())
-        self._metrics = {**self._metrics, **encode_metrics(metrics)}
-        return self._submit(reason)
 
     # ----------------------------------------------------------------------------------------------------- saving
 
-    def _save_if_due(self, event: Literal["step", "epoch"]) -> SaveHandle | None:
-        since_save_s = time.monotonic() - self._saved_at_s
-        reason = self._save_policy.due(Moment(event, self._step, self._epoch, since_save_s))
+    def _save_if_due(self, event: Literal["step", "epoch", "batch"]) -> SaveHandle | None:
+        writer = self._in_block()
+        moment = Moment(
+            event,
+            self._progress.step,
+            self._progress.epoch,
+            self._pace.since_save_s,
+            saves=self._saves,
+            cost_s=self._pace.cost_s,
+            busy=writer.busy(),
+        )
+        reason = self._save_policy.due(moment)
         if reason is None:
             return None
-        if self._when_busy == "skip" and self._in_block().busy():
+        if self._when_busy == "skip" and writer.busy():
             self.skipped += 1
             _logger.info(
                 "%s: no save at step %d, since one is under way (%d skipped so far)",
                 self.run.path,
-                self._step,
+                self._progress.step,
                 self.skipped,
             )
             return None
@@ -265,16 +318,19 @@ class Checkpointer:
         writer = self._in_block()
         self._name_forgotten()
         parent = None if self.resumed_from is None else self.resumed_from.checkpoint_id
-        about = About(self._step, self._epoch, self._metrics, reason, self._run_id, parent)
-        self._last = handle = writer.save(self._capture, about)
+        about = About(self._progress.step, self._progress.epoch, self._metrics, reason, self._run_id, parent)
+        with self._pace.saving():
+            self._last = handle = writer.save(self._capture, about)
+        self._saves += 1
         self._unsaved = False
-        self._saved_at_s = time.monotonic()
         self._check(writer)
         return handle
 
     def _capture(self) -> dict[str, CapturedEntry]:
-        captured = capture(self._state)
-        captured[LOOP_ENTRY] = CapturedEntry({"steps_in_epoch": self._steps_in_epoch}, {}, {})
+        captured = capture(self._state, gradients=self._progress.accumulated > 0)
+        captured[LOOP_ENTRY] = CapturedEntry(encode_config(self._progress.entry()), {}, {})
+        if self._config is not None:
+            captured[CONFIG_ENTRY] = CapturedEntry(self._config, {}, {})
         return captured
 
     def _check(self, writer: Writer) -> None:
@@ -285,39 +341,27 @@ class Checkpointer:
             self._unsaved = self._unsaved or (self._last is not None and self._last.failed())
 
     def _keep_metrics(self) -> None:
-        """Record metrics for which no save was due, where a checkpoint of the very same step can take them."""
+        """Give metrics for which no save was due to the checkpoint of this step, if there is one."""
         writer = self._in_block()
-        if self._last is not None and self._last.step == self._step:
+        if self._last is not None and self._last.step == self._progress.step:
             writer.drain()
             self._check(writer)
-        if self._last is not None and self._last.step == self._step and not self._last.failed():
-            self._retain(self.run.add_metrics(self._last.result(), self._metrics))
-        elif ranking_metrics(self._keep_policy) and not self._told_of_no_candidates:
-            self._told_of_no_candidates = True
-            _logger.warning(
-                "%s: nothing was saved at the end of epoch %d, so its metrics belong to no checkpoint and %s cannot "
-                "choose it. Add Every(epochs=1) to save=.",
-                self.run.path,
-                self._epoch,
-                self._keep_policy,
-            )
+        self._keeper.add_metrics(self._last, self._progress.step, self._progress.epoch, self._metrics)
 
-    def _retain(self, checkpoint: Checkpoint) -> None:
-        """Runs after each commit, and only then: nothing goes before its successor is durable."""
-        report = self.run.prune(self._keep_policy, protect=[checkpoint.name])
-        for removed in report.removed:
-            _logger.debug("removed %s", removed.path)
-        self.run.store.clean()
-
-    def _check_metrics(self, metrics: Mapping[str, Any]) -> None:
-        for name in ranking_metrics(self._keep_policy):
-            if name not in metrics:
-                given = ", ".join(metrics) or "none"
-                raise MissingMetricError(
-                    f"end_epoch: {self._keep_policy} ranks checkpoints by {name!r}, but the metrics given are: "
-                    f"{given}. Pass it: end_epoch({{{name!r}: value}}).",
-                    key=name,
-                )
+    def _tell_spacing(self) -> None:
+        """Say how far apart saves are, where that follows from what they cost, and it changed."""
+        cost_s = self._pace.cost_s
+        spacing = None if cost_s is None else spacing_s(self._save_policy, cost_s)
+        if spacing is None or abs(spacing - self._told_spacing_s) <= _NEWS * self._told_spacing_s:
+            return
+        self._told_spacing_s = spacing
+        _logger.info(
+            "%s: a save takes %.3g s from the training; from now on one every %.3g s (%s)",
+            self.run.path,
+            cost_s,
+            spacing,
+            self._save_policy,
+        )
 
     def _name_forgotten(self) -> None:
         if self._looked_for_forgotten:
@@ -340,7 +384,7 @@ class Checkpointer:
         own = self.resumed_from if self._resumed_own else None
         return Writer(
             self.run,
-            self._retain,
+            self._keeper.retain,
             unchanged=Unchanged(own) if self._share_unchanged else None,
             background=self._background,
             guard=StepGuard(self._state) if self._overlap else None,
@@ -352,27 +396,34 @@ class Checkpointer:
         resumed = resume_run(self.run, self._state, self._resume, self._keep_policy)
         self._run_id = resumed.run_id or secrets.token_hex(16)
         self._resumed_own = resumed.run_id is not None
+        self._progress = resumed.progress
         if resumed.checkpoint is None:
             _logger.info("starting a new run in %s", self.run.path)
             return
         self.resumed_from = resumed.checkpoint
         self.report = resumed.report
-        self._step = resumed.checkpoint.step
-        self._epoch = resumed.checkpoint.epoch
-        loop = resumed.checkpoint.manifest.state.get(LOOP_ENTRY, {})
-        self._steps_in_epoch = int(loop.get("steps_in_epoch", 0))
         _logger.info(
-            "resumed %s: step %d, epoch %d%s", self.resumed_from.path, self._step, self._epoch, self._position()
+            "resumed %s: step %d, epoch %d%s", resumed.checkpoint.path, self.global_step, self.epoch, self._position()
         )
+        self._compare_config(resumed.checkpoint)
+
+    def _compare_config(self, checkpoint: Checkpoint) -> None:
+        if self._config is None or checkpoint.config is None:
+            return
+        self.config_changes = config_changes(checkpoint.config, decode_config(self._config))
+        if self.config_changes:
+            changes = "\n".join(f"  {change}" for change in self.config_changes)
+            _logger.warning("%s: the configuration changed since %s:\n%s", self.run.path, checkpoint.name, changes)
 
     def _position(self) -> str:
         """Where in the epoch the checkpoint was saved, in words; nothing at a border."""
-        if self._steps_in_epoch == 0:
+        if self._progress.steps_in_epoch == 0:
             return ""
-        return (
-            f", {self._steps_in_epoch} steps into it (unless something in the state knows the position in the data, "
-            "the epoch starts over)"
+        known = Loaders.in_state(self._state)
+        unless = (
+            "" if known else (" (unless something in the state knows the position in the data, the epoch starts over)")
         )
+        return f", {self._progress.steps_in_epoch} steps into it{unless}"
 
     def _in_block(self) -> Writer:
         if self._writer is None:

@@ -76,7 +76,9 @@ def restore(
     state: Mapping[str, Any],
     *,
     strict: bool = True,
-    generators: bool = True,
+    generators: bool | None = None,
+    only: Iterable[str] | None = None,
+    override: Mapping[str, Any] | None = None,
 ) -> RestoreReport:
     """Restore a checkpoint into live objects, in place. Blocks; every chunk is verified before its bytes are used.
 
@@ -88,7 +90,13 @@ def restore(
         state: names to live objects, as they were given to :func:`save`.
         strict: refuse when a name is missing, unexpected, or of another shape or dtype. Otherwise restore what
             matches, convert dtypes, and report the rest; an object of which nothing matches is refused even so.
-        generators: whether the global random-number generators are restored too, last.
+        generators: whether the global random-number generators are restored too, last. By default they are, unless
+            ``only`` is given.
+        only: the entries to restore, such as ``["model"]``; everything by default.
+        override: values to set afterwards, by path: ``{"optimizer.lr": 1e-4}`` for all groups of an optimizer,
+            ``"optimizer.param_groups[1].weight_decay"`` for one, ``"scheduler.T_max"`` for an attribute of a scheduler,
+            ``"settings.temperature"`` for a plain value. With a learning rate, the schedulers of ``state`` are scaled
+            by the same factor.
 
     Returns:
         What was restored and what was not.
@@ -97,10 +105,32 @@ def restore(
         StateMismatchError: live objects and checkpoint differ; nothing was touched.
         CorruptCheckpointError: damage was found while reading; live tensors may hold a mixture now.
         CheckpointNotFoundError: there is none.
+        UsageError: ``only`` or ``override`` names what is not there; nothing was touched.
     """
     with collector_paused():
         checkpoint = path if isinstance(path, Checkpoint) else open(path)
-        return restore_state(checkpoint, state, strict=strict, generators=generators)
+        return restore_state(
+            checkpoint,
+            state,
+            strict=strict,
+            generators=only is None if generators is None else generators,
+            only=None if only is None else _chosen(checkpoint, state, only),
+            override=override,
+        )
+
+
+def _chosen(checkpoint: Checkpoint, state: Mapping[str, Any], only: Iterable[str]) -> frozenset[str]:
+    """The entries that are to be restored."""
+    names = [only] if isinstance(only, str) else list(only)
+    saved = [entry for entry in checkpoint.manifest.state if not entry.startswith("_")]
+    for name in names:
+        if name not in state or name not in saved:
+            raise UsageError(
+                f"only={name!r}: expected entries that both have; the state has {', '.join(state)}, and "
+                f"{checkpoint.path} has {', '.join(saved)}.",
+                key=name,
+            )
+    return frozenset(names)
 
 
 def _decoded(checkpoint: Checkpoint, entry: str, node: Any, device: str | torch.device) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -18,16 +19,23 @@ class Moment:
     """What a save policy is told.
 
     Attributes:
-        event: ``"step"`` after an optimizer step, ``"epoch"`` at the end of an epoch.
+        event: ``"step"`` after an optimizer step, ``"epoch"`` at the end of an epoch, ``"batch"`` after a batch whose
+            gradients wait for the next optimizer step.
         step: optimizer steps done.
         epoch: epochs done.
         since_save_s: seconds since the last save, or since the start when there was none.
+        saves: how many saves this process began.
+        cost_s: what a save takes from the training, in seconds, as measured; None before the first was.
+        busy: whether a save is under way.
     """
 
-    event: Literal["step", "epoch"]
+    event: Literal["step", "epoch", "batch"]
     step: int
     epoch: int
     since_save_s: float
+    saves: int = 0
+    cost_s: float | None = None
+    busy: bool = False
 
 
 class SavePolicy(Protocol):
@@ -60,33 +68,55 @@ class AnySave(_SaveOperators):
         reasons = [reason for policy in self.policies if (reason := policy.due(moment)) is not None]
         return ", ".join(reasons) or None
 
+    def spacing_s(self, cost_s: float) -> float | None:
+        """The shortest of those that go by the cost of a save."""
+        found = [spacing for policy in self.policies if (spacing := spacing_s(policy, cost_s)) is not None]
+        return min(found, default=None)
+
 
 @dataclass(frozen=True, slots=True)
 class Every(_SaveOperators):
-    """Save at a regular distance; give exactly one of the three.
+    """Save at a regular distance; give exactly one of the first four.
 
     Args:
         steps: after each step whose number is a multiple of this.
         epochs: at the end of each epoch whose number (counted from 1) is a multiple of this.
         minutes: at the first step or end of an epoch this long after the last save.
+        overhead: as often as it takes no more than this share of the training time, such as 0.02. What a save costs is
+            measured while the training runs: how long it stood still, and how much slower it went beside the save. The
+            first save comes at once, to be measured.
+        mtbf_hours: with ``overhead``: how long a machine runs until it fails or is taken away, on average. Saves are
+            spaced so that the time lost for saving and the time lost by failures are least in sum (Daly, "A higher
+            order estimate of the optimum checkpoint interval for restart dumps", 2006), unless that costs more than
+            ``overhead`` allows.
 
     Raises:
-        UsageError: none or several were given, or one that is not positive.
+        UsageError: none or several were given, or one that is out of its range.
     """
 
     steps: int | None = None
     epochs: int | None = None
     minutes: float | None = None
+    overhead: float | None = None
+    mtbf_hours: float | None = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in _fields(self).items() if value is not None}
+        given = {name: value for name, value in _fields(self).items() if value is not None and name != "mtbf_hours"}
         if len(given) != 1:
             raise UsageError(
-                f"Every: expected exactly one of steps=, epochs= and minutes=, found {given or 'none'}; "
+                f"Every: expected exactly one of steps=, epochs=, minutes= and overhead=, found {given or 'none'}; "
                 "combine several as Every(steps=...) | Every(minutes=...)."
             )
         for name, value in given.items():
-            _check_positive(f"Every({name}=)", value, whole=name != "minutes")
+            _check_positive(f"Every({name}=)", value, whole=name in ("steps", "epochs"))
+        if self.overhead is not None and self.overhead >= 1:
+            raise UsageError(
+                f"Every(overhead=): expected a share between 0 and 1, such as 0.02, found {self.overhead}."
+            )
+        if self.mtbf_hours is not None:
+            _check_positive("Every(mtbf_hours=)", self.mtbf_hours, whole=False)
+            if self.overhead is None:
+                raise UsageError("Every(mtbf_hours=): it belongs to overhead=: Every(overhead=0.02, mtbf_hours=...).")
 
     def due(self, moment: Moment) -> str | None:
         """See :class:`SavePolicy`."""
@@ -96,7 +126,25 @@ class Every(_SaveOperators):
             return f"every {_plural(self.epochs, 'epoch')}"
         if self.minutes is not None and moment.since_save_s >= self.minutes * 60:
             return f"every {_plural(self.minutes, 'minute')}"
-        return None
+        return None if self.overhead is None else self._due_by_cost(moment)
+
+    def spacing_s(self, cost_s: float) -> float | None:
+        """Seconds between two saves that cost the training ``cost_s`` each; None where the cost does not matter."""
+        if self.overhead is None:
+            return None
+        spacing_s = cost_s / self.overhead
+        return spacing_s if self.mtbf_hours is None else max(spacing_s, daly_s(cost_s, self.mtbf_hours * 3600))
+
+    def _due_by_cost(self, moment: Moment) -> str | None:
+        """A save under way is not measured yet; neither is anything before the first."""
+        if moment.busy or (moment.cost_s is None and moment.saves > 0):
+            return None
+        why = f"at most {self.overhead:.3g} of the time"
+        if moment.cost_s is None:
+            return f"{why}: the first, to be measured"
+        spacing_s = self.spacing_s(moment.cost_s)
+        assert spacing_s is not None
+        return f"{why}: every {spacing_s:.3g} s" if moment.since_save_s >= spacing_s else None
 
 
 # -------------------------------------------------------------------------------------------------------- what to keep
@@ -216,6 +264,30 @@ class KeepEvery(_KeepOperators):
             if checkpoint.epoch > 0 and checkpoint.epoch % self.epochs == 0:
                 first.setdefault(checkpoint.epoch, checkpoint.name)
         return dict.fromkeys(first.values(), why)
+
+
+def daly_s(cost_s: float, mtbf_s: float) -> float:
+    """Seconds of training between two checkpoints that lose least time in all, if failures come at random.
+
+    Args:
+        cost_s: what a checkpoint takes from the training.
+        mtbf_s: mean time between failures.
+
+    Source:
+        J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", Future Generation
+        Computer Systems 22 (2006), equation 37; its first term is Young's estimate of 1974.
+    """
+    if cost_s >= 2 * mtbf_s:
+        return mtbf_s
+    ratio = math.sqrt(cost_s / (2 * mtbf_s))
+    return math.sqrt(2 * cost_s * mtbf_s) * (1 + ratio / 3 + ratio**2 / 9) - cost_s
+
+
+def spacing_s(policy: object, cost_s: float) -> float | None:
+    """Seconds between saves under a policy that goes by what they cost; None for every other policy."""
+    of_policy = getattr(policy, "spacing_s", None)
+    found: float | None = of_policy(cost_s) if callable(of_policy) else None
+    return found
 
 
 def ranking_metrics(policy: object) -> tuple[str, ...]:

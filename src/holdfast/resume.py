@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
@@ -18,21 +18,88 @@ from holdfast.errors import (
 )
 from holdfast.loading import restore
 from holdfast.policies import KeepBest
+from holdfast.progress import Progress, origin_of
 from holdfast.run import Broken, Retention, Run, ranked_by
 from holdfast.state.report import RestoreReport
 
 _logger = logging.getLogger("holdfast")
 
-Resume = str | int | os.PathLike[str]
+Source = str | int | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """From which checkpoint a training continues, and what shall be otherwise from there on.
+
+    Args:
+        source: ``"latest"``, ``"never"``, ``"best:<metric>"``, a step, or the path of a checkpoint or run to start
+            from. A path counts only as long as the run has no checkpoint of its own.
+        override: values to set after the restore, by path, as for :func:`holdfast.restore`:
+            ``{"optimizer.lr": 1e-4}`` reaches the optimizer and its schedulers. Each is set once: a process that
+            continues from a checkpoint saved under the same override leaves it as it has become since.
+        only: entries to start from, such as ``["model"]`` for fine-tuning. Everything else starts as it was
+            constructed, step and epoch at 0, with fresh generators. For a path, and only until the run has checkpoints
+            of its own, which are resumed whole.
+        strict: with ``only``: refuse a model that differs. Otherwise what matches is restored, such as all but a new
+            head.
+
+    Raises:
+        UsageError: the parts contradict each other.
+    """
+
+    source: Source = "latest"
+    override: Mapping[str, Any] = field(default_factory=dict)
+    only: Sequence[str] | None = None
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, bool) or not isinstance(self.source, (str, int, os.PathLike)):
+            raise UsageError(
+                f"resume: expected 'latest', 'never', 'best:<metric>', a step or a path, found {self.source!r}.",
+                key="resume",
+            )
+        if not isinstance(self.override, Mapping):
+            raise UsageError(
+                f"Resume(override=): expected paths to values, such as {{'optimizer.lr': 1e-4}}, found "
+                f"{self.override!r}.",
+                key="override",
+            )
+        if self.only is not None and not self.is_elsewhere:
+            raise UsageError(
+                f"Resume(only=): it starts a new run from the path of another one's checkpoint; found "
+                f"{self.source!r}, which continues this run, and that is done whole.",
+                key="only",
+            )
+        if not self.strict and self.only is None:
+            raise UsageError(
+                "Resume(strict=False): a training that goes on exactly needs everything; say with only= what to start "
+                "from.",
+                key="strict",
+            )
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the source is a path, which may be that of another run."""
+        if not isinstance(self.source, str):
+            return isinstance(self.source, os.PathLike)
+        return self.source not in ("latest", "never") and not self.source.startswith("best:")
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where a training continues: all None for a new run; ``run_id`` alone when only the run existed."""
+    """Where a training continues: all None for a new run; ``run_id`` alone when only the run existed.
+
+    Attributes:
+        checkpoint: what was restored.
+        report: how.
+        run_id: the id of the run that goes on; None when a new one begins.
+        progress: how far the training is.
+    """
 
     checkpoint: Checkpoint | None = None
     report: RestoreReport | None = None
     run_id: str | None = None
+    progress: Progress = field(default_factory=Progress)
 
 
 def resume_run(run: Run, state: Mapping[str, Any], resume: Resume, keep: Retention) -> Resumed:
@@ -41,34 +108,55 @@ def resume_run(run: Run, state: Mapping[str, Any], resume: Resume, keep: Retenti
     Args:
         run: the run to continue.
         state: the live objects.
-        resume: as in :class:`holdfast.Checkpointer`.
+        resume: from where, and with what changes.
         keep: its retention policy, which knows the mode of each metric.
 
     Raises:
         CorruptCheckpointError: there were candidates, and not one is intact.
     """
-    if isinstance(resume, bool) or not isinstance(resume, (str, int, os.PathLike)):
-        raise UsageError(f"resume: expected 'latest', 'never', 'best:<metric>', a step or a path, found {resume!r}.")
-    if resume == "never":
+    if resume.source == "never":
         _refuse_existing(run)
         return Resumed()
     failure: CorruptCheckpointError | None = None
-    for candidate in _candidates(run, resume, keep):
+    for candidate in _candidates(run, resume.source, keep):
         try:
-            report = restore(candidate, state)
+            resumed = _resume_from(candidate, run, state, resume)
         except CorruptCheckpointError as error:
             _logger.warning("not resuming from %s, which is left as it is: %s", candidate.path, error)
             failure = failure or error
         else:
-            _note_differences(report)
-            own = candidate.path.startswith(run.path + os.sep)
-            return Resumed(candidate, report, candidate.run_id if own else None)
+            return resumed
     if failure is not None:
         raise _nothing_intact(run, failure)
     return Resumed()
 
 
-def _candidates(run: Run, resume: Resume, keep: Retention) -> Iterator[Checkpoint]:
+def _resume_from(checkpoint: Checkpoint, run: Run, state: Mapping[str, Any], resume: Resume) -> Resumed:
+    own = checkpoint.path.startswith(run.path + os.sep)
+    if resume.only is not None and not own:
+        progress = Progress(origin=origin_of(checkpoint), overrides=dict(resume.override))
+        report = restore(checkpoint, state, only=resume.only, strict=resume.strict, override=resume.override)
+    else:
+        progress = Progress.saved_in(checkpoint)
+        fresh = {path: value for path, value in resume.override.items() if not _is_set(progress, path, value)}
+        report = restore(checkpoint, state, override=fresh)
+        progress.overrides = dict(resume.override)
+        if not own:
+            progress.origin = origin_of(checkpoint)
+    _note_differences(report)
+    return Resumed(checkpoint, report, checkpoint.run_id if own else None, progress)
+
+
+def _is_set(progress: Progress, path: str, value: Any) -> bool:
+    """Whether the training was under this very override already when the checkpoint was saved."""
+    return (
+        path in progress.overrides
+        and type(progress.overrides[path]) is type(value)
+        and (progress.overrides[path] == value)
+    )
+
+
+def _candidates(run: Run, resume: Source, keep: Retention) -> Iterator[Checkpoint]:
     if resume == "latest":
         yield from _newest_first(run)
     elif isinstance(resume, int):
@@ -138,7 +226,7 @@ def _mode_of(metric: str, keep: object) -> str | None:
     return None
 
 
-def _elsewhere(resume: Resume) -> Checkpoint:
+def _elsewhere(resume: Source) -> Checkpoint:
     """The checkpoint at a path, or the newest of the run there."""
     path = os.fspath(str(resume) if isinstance(resume, int) else resume)
     try:

@@ -40,6 +40,20 @@ def test_lineage(tmp_path: Path, holdfast_cli: Command) -> None:
     assert f"{first.checkpoint_id} (step-000000000001)" in holdfast_cli("show", second.path).out
 
 
+def test_what_was_recorded_and_where_it_began(tmp_path: Path, holdfast_cli: Command) -> None:
+    """The configuration, and the checkpoint of another run that this one began with."""
+    for name, resume in (("first", "latest"), ("second", tmp_path / "first")):
+        with Checkpointer(tmp_path / name, {"x": 1}, resume=resume, config={"lr": 0.5, "layers": [1, 2]}) as ckpt:
+            ckpt.step()
+    (first,), (second,) = Run(tmp_path / "first"), Run(tmp_path / "second")
+    shown = holdfast_cli("show", second.path)
+    answer = holdfast_cli("show", second.path, "--json").json
+    assert f"{first.checkpoint_id} (step 1 of run {first.run_id})" in shown.out
+    assert "lr: 0.5" in shown.out
+    assert answer["config"] == {"lr": 0.5, "layers": [1, 2]}
+    assert answer["origin"] == {"run_id": first.run_id, "checkpoint_id": first.checkpoint_id, "step": 1}
+
+
 def test_the_newest_of_a_run(run: Run, holdfast_cli: Command) -> None:
     """A run stands for its newest checkpoint."""
     assert holdfast_cli("show", run.path).out == holdfast_cli("show", run[30].path).out
@@ -48,7 +62,7 @@ def test_the_newest_of_a_run(run: Run, holdfast_cli: Command) -> None:
 def test_json(run: Run, holdfast_cli: Command) -> None:
     """Everything, in one object."""
     answer = holdfast_cli("show", run[30].path, "--json").json
-    assert list(answer)[-4:] == ["environment", "files", "tensors", "state"]
+    assert list(answer)[-6:] == ["environment", "config", "origin", "files", "tensors", "state"]
     assert answer["step"] == 30
     assert answer["tensors"] == {
         "model/first.weight": {"dtype": "float32", "shape": [2, 2], "bytes": 16, "alias_of": None},

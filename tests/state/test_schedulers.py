@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 import holdfast
+from holdfast.errors import UsageError
 
 # A nested SequentialLR steps its first part before any optimizer does.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of")
@@ -70,6 +71,13 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "SWALR": lambda o: SWALR(o, swa_lr=0.05, anneal_epochs=4),
 }
 BEFORE, AFTER = 6, 9
+# SWALR goes to a rate that the user gave as such; ReduceLROnPlateau has none that others are computed from.
+SCALED = [
+    (kind, option)
+    for kind in SCHEDULERS
+    for option in ("lr", "initial_lr")
+    if kind != "SWALR" and (kind, option) != ("ReduceLROnPlateau", "initial_lr")
+]
 
 
 def test_all_of_torch() -> None:
@@ -135,6 +143,40 @@ def test_the_next_rates(tmp_path: Path, kind: str, order: str) -> None:
             state = {"scheduler": scheduler}
         holdfast.restore(tmp_path / "x", state)
     assert advance(optimizer, scheduler, AFTER, BEFORE) == expected
+
+
+@pytest.mark.parametrize(("kind", "option"), SCALED)
+def test_a_rate_that_is_overridden_scales_the_schedule(tmp_path: Path, kind: str, option: str) -> None:
+    """Each later rate of the group is what it would have been, times the same factor; the other group's stay."""
+    expected = save(tmp_path / "x", kind)
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model)
+    scheduler = SCHEDULERS[kind](optimizer)
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    holdfast.restore(tmp_path / "x", state)
+    wanted = float(optimizer.param_groups[1][option]) / 8
+
+    holdfast.restore(tmp_path / "x", state, override={f"optimizer.param_groups[1].{option}": wanted})
+
+    assert float(optimizer.param_groups[1][option]) == wanted
+    rates = [[rate for rate, _ in groups] for groups in advance(optimizer, scheduler, AFTER, BEFORE)]
+    assert [first for first, _ in rates] == [groups[0][0] for groups in expected]
+    assert [second for _, second in rates] == pytest.approx([groups[1][0] / 8 for groups in expected])
+
+
+def test_a_rate_of_zero_cannot_be_scaled(tmp_path: Path) -> None:
+    """Nothing says what a schedule becomes whose rate is 0 now; the error names the rate that does."""
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda epoch: epoch / 10)
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    holdfast.save(tmp_path / "x", state)
+
+    with pytest.raises(UsageError, match=r"the rate is 0 .* Override optimizer\.initial_lr"):
+        holdfast.restore(tmp_path / "x", state, override={"optimizer.lr": 1.0})
+    holdfast.restore(tmp_path / "x", state, override={"optimizer.initial_lr": 2.0})
+
+    assert advance(optimizer, scheduler, 2, 0)[-1] == [(pytest.approx(0.4), 0.9)] * 2
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)

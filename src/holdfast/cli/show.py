@@ -49,6 +49,8 @@ def _as_json(found: Checkpoint) -> dict[str, Any]:
     return {
         **output.summary(found),
         "environment": found.environment,
+        "config": found.config,
+        "origin": found.loop.get("origin"),
         "files": {name: record.bytes for name, record in found.manifest.files.items()},
         "tensors": {
             name: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes, "alias_of": info.alias_of}
@@ -73,6 +75,8 @@ def _print(found: Checkpoint) -> None:
         total = output.size(sum(info.nbytes for info in own))
         branch = tree.add(f"[bold]{escape(entry)}[/bold]" + (f"  {len(own)} tensors, {total}" if own else ""))
         _grow(branch, value, entry, tensors)
+    if found.config is not None:
+        _grow(tree.add("[bold]config[/bold]"), found.config, "config", {})
     console = output.console()
     console.print(facts)
     console.print(tree)
@@ -92,6 +96,9 @@ def _facts(found: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "id", found.checkpoint_id
     yield "run", found.run_id
     yield "parent", _parent(found)
+    origin = found.loop.get("origin")
+    if origin is not None:
+        yield "began with", f"{origin['checkpoint_id']} (step {origin['step']} of run {origin['run_id']})"
     yield "environment", "  ".join(f"{name}={value}" for name, value in found.environment.items() if value is not None)
     files = found.manifest.files
     yield "files", "  ".join(f"{name} ({output.size(record.bytes)})" for name, record in files.items())

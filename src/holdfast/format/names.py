@@ -17,6 +17,11 @@ EVENTS = "events.jsonl"
 DATA_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_STEP = 10**12 - 1
+# Entries that Holdfast adds to a state. No entry of a user begins with an underscore.
+RNG_ENTRY = "_rng"
+LOOP_ENTRY = "_loop"
+GRADIENTS_ENTRY = "_gradients"
+CONFIG_ENTRY = "_config"
 MAX_ENTRY_NAME = 100
 
 _STEP = re.compile(r"step-([0-9]{12})(?:\.g([2-9]|[1-9][0-9]{1,8}))?", re.ASCII)
@@ -122,10 +127,13 @@ def is_entry_name(name: str) -> bool:
 
 
 def is_data_file_name(name: str) -> bool:
-    """Whether ``name`` may be that of a file with data or an index: nothing that could leave the directory or hide."""
+    """Whether ``name`` may be that of a file with data or an index: nothing that could leave the directory or hide.
+
+    The files of Holdfast's own entries begin with an underscore.
+    """
     for suffix in (INDEX_SUFFIX, DATA_SUFFIX):
         if name.endswith(suffix):
-            return is_entry_name(_SHARD.sub("", name.removesuffix(suffix)))
+            return is_entry_name(_SHARD.sub("", name.removesuffix(suffix)).removeprefix("_"))
     return False
 
 

@@ -13,8 +13,9 @@ import torch
 from holdfast.collector import collector_paused
 from holdfast.errors import UsageError
 from holdfast.format import tree
-from holdfast.format.names import check_entry_names
+from holdfast.format.names import GRADIENTS_ENTRY, RNG_ENTRY, check_entry_names
 from holdfast.state import rng
+from holdfast.state.gradients import gradients_of
 from holdfast.state.kinds import Kind, kind_of, name_parameters
 from holdfast.state.modules import module_state
 from holdfast.state.optimizers import ParameterNames, optimizer_state
@@ -28,9 +29,6 @@ from holdfast.state.tensors import (
     tensor_address,
     tensor_identity,
 )
-
-RNG_ENTRY = "_rng"
-LOOP_ENTRY = "_loop"
 
 
 class CapturedTensor(msgspec.Struct, frozen=True, gc=False):
@@ -62,13 +60,15 @@ class CapturedEntry:
     aliases: dict[str, str]
 
 
-def capture(state: Mapping[str, Any], *, generators: bool = True) -> dict[str, CapturedEntry]:
+def capture(state: Mapping[str, Any], *, generators: bool = True, gradients: bool = False) -> dict[str, CapturedEntry]:
     """Capture every entry of ``state``, and the global random-number generators.
 
     Args:
         state: names to modules, optimizers, schedulers, tensors, arrays, generators, plain containers of such, or
             anything with ``state_dict`` and ``load_state_dict``.
         generators: whether the global generators are captured too.
+        gradients: whether the gradients of its parameters are captured too: in the middle of an accumulation they are
+            state.
 
     Raises:
         UsageError: a name cannot be the name of a file.
@@ -82,6 +82,8 @@ def capture(state: Mapping[str, Any], *, generators: bool = True) -> dict[str, C
         # Generators first: a state_dict() may draw from them, and saving must not change training.
         global_state = rng.capture_global() if generators else None
         captured = {entry: _capture_entry(entry, value, names) for entry, value in state.items()}
+        if gradients:
+            captured[GRADIENTS_ENTRY] = _capture_entry(GRADIENTS_ENTRY, gradients_of(state, names), names)
         if global_state is not None:
             captured[RNG_ENTRY] = _capture_entry(RNG_ENTRY, global_state, names)
             if rng.capture_global() != global_state:

@@ -41,7 +41,7 @@ class RestoreReport:
         renames: likely pairs (saved name, live name) among unexpected and missing.
         fresh: parameters that an optimizer of the checkpoint did not know; they start without state.
         dropped: parameters that only the saved optimizer knew; their state was not used.
-        skipped: entries of the checkpoint that were not asked for.
+        skipped: entries of the checkpoint that are not in the state.
         notes: whatever else a user should know, in words.
     """
 

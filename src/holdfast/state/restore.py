@@ -7,7 +7,7 @@ that compiled functions, views and references from optimizers stay valid.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Container, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,38 +19,52 @@ from holdfast.checkpoint import Checkpoint
 from holdfast.errors import CorruptCheckpointError, Damage, HoldfastError, StateMismatchError, UsageError
 from holdfast.format import tree
 from holdfast.format.manifest import TensorRecord
-from holdfast.format.names import MANIFEST
+from holdfast.format.names import GRADIENTS_ENTRY, MANIFEST, RNG_ENTRY
 from holdfast.state import modules, optimizers, rng
-from holdfast.state.capture import RNG_ENTRY
+from holdfast.state.gradients import parameters_of
 from holdfast.state.kinds import Kind, kind_of, live_objects, name_parameters
 from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor, fill
 from holdfast.state.optimizers import OptimizerMatch, ParameterNames
+from holdfast.state.overrides import plan_overrides
 from holdfast.state.report import Findings, Misshapen, RestoreReport
 from holdfast.state.tensors import dtype_name, new_tensor
 
 _GENERATORS_LAST = len(Kind) + 1
+_OVERRIDES = _GENERATORS_LAST + 1  # they draw nothing
 _PLACE = Callable[[SavedTensor, str], torch.device | str]
 
 
 def restore_state(
-    checkpoint: Checkpoint, state: Mapping[str, Any], *, strict: bool = True, generators: bool = True
+    checkpoint: Checkpoint,
+    state: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    generators: bool = True,
+    only: Container[str] | None = None,
+    override: Mapping[str, Any] | None = None,
 ) -> RestoreReport:
-    """Restore ``checkpoint`` into the live objects of ``state``.
+    """Restore ``checkpoint`` (or ``only`` some of its entries) into the live objects of ``state``, then override.
 
     Raises:
+        UsageError: an override leads nowhere. Nothing was touched.
         StateMismatchError: the structures differ (``strict``), or nothing matches at all. Nothing was touched.
         CorruptCheckpointError: damage was found while reading. Live tensors may hold a mixture: restore another one.
     """
-    plan = _Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, state), strict)
-    for entry, live in state.items():
+    chosen = {entry: live for entry, live in state.items() if only is None or entry in only}
+    plan = _Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, chosen), strict)
+    for entry, live in chosen.items():
         _plan_entry(plan, state, entry, live)
+    if GRADIENTS_ENTRY in checkpoint.manifest.state:
+        _plan_gradients(plan, chosen)
     if generators and RNG_ENTRY in checkpoint.manifest.state:
         saved = plan.saved(RNG_ENTRY)
         plan.install(_GENERATORS_LAST, lambda: plan.findings.notes.extend(rng.restore_global(saved)))
+    for change in plan_overrides(state, override or {}):
+        plan.install(_OVERRIDES, lambda change=change: plan.findings.notes.append(change()))  # type: ignore[misc]
     report = plan.report(state)
     _refuse(report, plan.findings, strict)
     with torch.no_grad():
-        fill(checkpoint, plan.copies, whole=not report.skipped)
+        fill(checkpoint, plan.copies, whole=only is None and not report.skipped)
         for _, action in sorted(plan.actions, key=lambda item: item[0]):
             action()
     return plan.report(state)
@@ -429,6 +443,27 @@ def _plan_scheduler(plan: _Plan, saved: Any, scheduler: Any, path: str) -> None:
                 optimizers.install_options(group, {"lr": rate})
 
     plan.install(Kind.SCHEDULER.value, install)
+
+
+def _plan_gradients(plan: _Plan, state: Mapping[str, Any]) -> None:
+    """Gradients that waited for an optimizer step; those of parameters that are not restored stay what they are."""
+    saved = plan.saved(GRADIENTS_ENTRY)
+    for names, parameter in parameters_of(state, plan.names):
+        gradient = next((saved[name] for name in names if name in saved), None)
+        if gradient is not None:
+            _plan_gradient(plan, gradient, parameter, f"{GRADIENTS_ENTRY}.{names[0]}")
+
+
+def _plan_gradient(plan: _Plan, saved: Any, parameter: torch.Tensor, path: str) -> None:
+    def place(gradient: SavedTensor, where: str) -> torch.device:
+        return parameter.device
+
+    value = plan.graft(saved, parameter.grad, path, place)
+
+    def install() -> None:
+        parameter.grad = value
+
+    plan.install(Kind.MODULE.value, install)
 
 
 def _plan_generator(plan: _Plan, saved: Any, generator: Any, path: str) -> None:

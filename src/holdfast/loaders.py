@@ -1,0 +1,67 @@
+"""The loaders of a state that know their position in the data, seen from the training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from holdfast.state.kinds import live_objects
+
+_logger = logging.getLogger("holdfast")
+
+
+@runtime_checkable
+class KnowsPosition(Protocol):
+    """What a loader offers so that a loop's end of an epoch reaches it: :class:`holdfast.data.ResumableDataLoader`."""
+
+    @property
+    def position(self) -> int:
+        """Batches of the current epoch that were handed out."""
+
+    @property
+    def served(self) -> int:
+        """Batches that were handed out in all, by this object."""
+
+    def end_epoch(self) -> None:
+        """The loop ended its epoch; where it left early, the next iteration begins the next epoch."""
+
+
+class Loaders:
+    """All of them; true when there are any."""
+
+    def __init__(self, loaders: Sequence[KnowsPosition]) -> None:
+        self._loaders = loaders
+        self._served_at_step = self._served()
+        self._warned = False
+
+    @classmethod
+    def in_state(cls, state: Mapping[str, Any]) -> Loaders:
+        """Those in ``state``."""
+        return cls([value for _, value, kind in live_objects(state) if kind and isinstance(value, KnowsPosition)])
+
+    def __bool__(self) -> bool:
+        return bool(self._loaders)
+
+    def end_epoch(self) -> None:
+        """The loop ended its epoch."""
+        for loader in self._loaders:
+            loader.end_epoch()
+
+    def note_step(self) -> None:
+        """What was handed out up to now has been trained on."""
+        self._served_at_step = self._served()
+
+    def warn_of_batch_in_hand(self, path: str) -> None:
+        """Warn, once, when a batch was handed out that no step was told of: a save now would skip it."""
+        in_epoch = any(loader.position for loader in self._loaders)
+        if in_epoch and self._served() != self._served_at_step and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "%s: save() between a batch and its step(): whoever resumes from this checkpoint continues behind that "
+                "batch, without having trained on it. Call save() right after step().",
+                path,
+            )
+
+    def _served(self) -> int:
+        return sum(loader.served for loader in self._loaders)

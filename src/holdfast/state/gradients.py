@@ -1,0 +1,27 @@
+"""Gradients in the middle of an accumulation: between two optimizer steps they are state like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from holdfast.state.kinds import Kind, live_objects
+from holdfast.state.optimizers import ParameterNames
+
+
+def parameters_of(state: Mapping[str, Any], names: ParameterNames) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Each tensor of a state that can have a gradient, once, with all its names, the one used for saving first."""
+    seen = set()
+    for _, value, kind in live_objects(state):
+        found = value.parameters() if kind is Kind.MODULE else [value] if kind is None else []
+        for tensor in found:
+            if tensor.requires_grad and tensor.is_leaf and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield names.of(tensor), tensor
+
+
+def gradients_of(state: Mapping[str, Any], names: ParameterNames) -> dict[str, torch.Tensor]:
+    """The gradients that are there, by the name of their parameter; the tensors are references."""
+    return {known[0]: tensor.grad for known, tensor in parameters_of(state, names) if tensor.grad is not None}

@@ -2,18 +2,21 @@
 
     python examples/gpt.py --run runs/gpt
 
-It saves in the middle of epochs. The generator that draws its batches is part of the state, so a run that was killed
-goes on with the very batch that it would have drawn next.
+It has what real trainings have: dropout, random shifts of its samples drawn in worker processes, gradients accumulated
+over several batches, and autocast to bfloat16. It saves in the middle of epochs. Kill it with SIGKILL or ask it to
+leave with SIGTERM, at any moment, and type the same line again: it ends with the bits of a run that nobody stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +27,65 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from holdfast import Checkpointer, Every, KeepBest, KeepLast
+from holdfast.data import ResumableDataLoader
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or continue to train, report, and write a little Python."""
     options = parse(argv)
     torch.set_num_threads(options.threads)
-    random.seed(options.seed)
-    np.random.seed(options.seed)
-    torch.manual_seed(options.seed)
-
-    alphabet, training, validation = load_text(options.characters)
-    model = GPT(len(alphabet), options.context, options.width, options.heads, options.layers, options.dropout)
-    optimizer = make_optimizer(model, options.lr)
-    scheduler = make_scheduler(optimizer, total_steps=options.epochs * options.steps)
-    generator = torch.Generator().manual_seed(options.seed)
-    history: dict[str, list[float]] = {"loss": [], "val_loss": []}
-
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "batches": generator, "history": history}
+    training = Training(options)
     with Checkpointer(
         options.run,
-        state,
-        save=Every(steps=50) | Every(epochs=1),
+        training.state,
+        save=Every(steps=options.save_steps) | Every(epochs=1),
         keep=KeepLast(3) | KeepBest("val_loss", "min"),
+        config=vars(options),
     ) as ckpt:
-        if ckpt.global_step:
+        if ckpt.resumed_from is not None:
             print(f"resuming after epoch {ckpt.epoch}, step {ckpt.global_step}", flush=True)
         for epoch in range(ckpt.epoch, options.epochs):
-            model.train()
-            while ckpt.global_step < (epoch + 1) * options.steps:  # continues within an epoch
-                inputs, targets = draw_batch(training, options.batch_size, options.context, generator)
-                loss = loss_of(model, inputs, targets)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                scheduler.step()
-                history["loss"].append(loss.item())
-                ckpt.step()
-            history["val_loss"].append(evaluate(model, validation, options.batch_size, options.context))
-            print(describe(epoch, history, options.steps), flush=True)
-            ckpt.end_epoch({"val_loss": history["val_loss"][-1]})
+            training.model.train()
+            for batch in training.loader:  # continues within an epoch, with the very batch that would have come next
+                training.accumulate(batch)
+                if ckpt.accumulated + 1 < options.accumulate:
+                    ckpt.step(accumulating=True)
+                else:
+                    training.optimize()
+                    ckpt.step()
+            val_loss = training.evaluate()
+            print(training.describe(epoch), flush=True)
+            ckpt.end_epoch({"val_loss": val_loss})
 
-    digests = run_digests(state)
-    print(f"finished: {describe(len(history['val_loss']) - 1, history, options.steps)}")
-    print(f"state digest {digests['all']}")
+    digests = run_digests(training.state)
+    print(f"finished: {training.describe(options.epochs - 1)}\nstate digest {digests['all']}")
     if options.report:
-        report = {"steps": ckpt.global_step, "history": history, "digests": digests}
+        report = {"steps": ckpt.global_step, "history": training.history, "digests": digests}
         options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(write(model, alphabet, "def ", options.sample, options.seed))
+    print(write(training.model, training.text.alphabet, "def ", options.sample, options.seed))
+
+
+def training() -> tuple[dict[str, Any], Callable[[], float]]:
+    """A small one, a batch at a time, for ``holdfast audit examples/gpt.py:training``."""
+    torch.set_num_threads(1)
+    small = "--characters 20000 --context 16 --batch-size 4 --width 16 --layers 1 --steps 4 --accumulate 2"
+    training = Training(parse(small.split()))
+    training.model.train()
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield from training.loader
+
+    endless = batches()
+
+    def step() -> float:
+        loss = 0.0
+        for _ in range(training.options.accumulate):
+            loss = training.accumulate(next(endless))
+        training.optimize()
+        return loss
+
+    return training.state, step
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,13 +93,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/gpt"), help="directory of the run's checkpoints")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=300, help="steps in an epoch")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps in an epoch")
+    parser.add_argument("--save-steps", type=int, default=50, help="save after so many steps, and after each epoch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, help="write losses and digests to this file, as JSON")
     parser.add_argument("--threads", type=int, default=1, help="bits compare between equal numbers of threads")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load data")
     parser.add_argument("--characters", type=int, default=2_000_000, help="how much of the library to learn from")
     parser.add_argument("--context", type=int, default=64, help="characters that the model sees at once")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--accumulate", type=int, default=2, help="batches in an optimizer step")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=2)
@@ -96,8 +112,81 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_text(characters: int) -> tuple[str, Tensor, Tensor]:
-    """The alphabet, and the standard library's source as indices into it: nine tenths to train on, and the rest."""
+class Training:
+    """All that a training is made of, freshly constructed, and what is done with it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        random.seed(options.seed)
+        np.random.seed(options.seed)
+        torch.manual_seed(options.seed)
+        self.options = options
+        self.text = load_text(options.characters)
+        self.model = GPT(
+            len(self.text.alphabet), options.context, options.width, options.heads, options.layers, options.dropout
+        )
+        self.optimizer = make_optimizer(self.model, options.lr)
+        self.scheduler = make_scheduler(self.optimizer, total_steps=options.epochs * options.steps)
+        samples = options.steps * options.accumulate * options.batch_size
+        self.loader = ResumableDataLoader(
+            Stretches(self.text.training, options.context, samples),
+            batch_size=options.batch_size,
+            shuffle=True,
+            seed=options.seed,
+            num_workers=options.workers,
+        )
+        self.history: dict[str, Any] = {"loss": [], "val_loss": [], "samples": ""}
+        self.state = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "loader": self.loader,
+            "history": self.history,
+        }
+
+    def accumulate(self, batch: Sequence[Tensor]) -> float:
+        """Add the gradients of one batch to those that wait; the loss of the batch."""
+        starts, inputs, targets = batch
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(self.model, inputs, targets)
+        (loss / self.options.accumulate).backward()
+        self.history["loss"].append(loss.item())
+        # Which samples it has seen, and in which order, in one line that stands for all of them.
+        seen = f"{self.history['samples']} {starts.tolist()}"
+        self.history["samples"] = hashlib.sha256(seen.encode()).hexdigest()
+        return loss.item()
+
+    def optimize(self) -> None:
+        """One step of the optimizer, with the gradients that wait."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+
+    def evaluate(self) -> float:
+        """Loss on stretches that it was not trained on."""
+        val_loss = evaluate(self.model, self.text.validation, self.options.batch_size, self.options.context)
+        self.history["val_loss"].append(val_loss)
+        return val_loss
+
+    def describe(self, epoch: int) -> str:
+        """One line on one epoch."""
+        batches = self.options.steps * self.options.accumulate
+        losses = self.history["loss"][epoch * batches : (epoch + 1) * batches]
+        train_loss, val_loss = sum(losses) / len(losses), self.history["val_loss"][epoch]
+        return f"epoch {epoch + 1:2d}  train {train_loss:.4f}  validation {val_loss:.4f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The alphabet, and text as indices into it: nine tenths to train on, and the rest."""
+
+    alphabet: str
+    training: Tensor = field(repr=False)
+    validation: Tensor = field(repr=False)
+
+
+def load_text(characters: int) -> Text:
+    """The beginning of the standard library's source."""
     parts: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         if characters <= 0:
@@ -109,7 +198,26 @@ def load_text(characters: int) -> tuple[str, Tensor, Tensor]:
     index = {character: i for i, character in enumerate(alphabet)}
     indices = torch.tensor([index[character] for character in text])
     border = len(indices) * 9 // 10
-    return alphabet, indices[:border], indices[border:]
+    return Text(alphabet, indices[:border], indices[border:])
+
+
+class Stretches(torch.utils.data.Dataset[tuple[int, Tensor, Tensor]]):
+    """Stretches of the text at equal distances, each moved a little at random every time it is looked at."""
+
+    def __init__(self, indices: Tensor, context: int, samples: int) -> None:
+        self._indices = indices
+        self._context = context
+        self._samples = samples
+        self._distance = max(1, (len(indices) - 2 * context) // samples)
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __getitem__(self, sample: int) -> tuple[int, Tensor, Tensor]:
+        """Where it begins, the characters, and the same stretch one character later."""
+        start = (sample * self._distance + random.randrange(self._context)) % (len(self._indices) - self._context)
+        stretch = self._indices[start : start + self._context + 1]
+        return start, stretch[:-1], stretch[1:]
 
 
 class GPT(nn.Module):
@@ -207,13 +315,6 @@ def evaluate(model: nn.Module, validation: Tensor, batch_size: int, context: int
     generator = torch.Generator().manual_seed(0)
     batches = [draw_batch(validation, batch_size, context, generator) for _ in range(10)]
     return sum(loss_of(model, inputs, targets).item() for inputs, targets in batches) / len(batches)
-
-
-def describe(epoch: int, history: dict[str, list[float]], steps: int) -> str:
-    """One line on one epoch."""
-    losses = history["loss"][epoch * steps : (epoch + 1) * steps]
-    train_loss, val_loss = sum(losses) / len(losses), history["val_loss"][epoch]
-    return f"epoch {epoch + 1:2d}  train {train_loss:.4f}  validation {val_loss:.4f}"
 
 
 @torch.no_grad()

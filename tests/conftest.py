@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -20,6 +23,7 @@ from holdfast.format.manifest import FileRecord
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
+ROOT = Path(__file__).parents[1]
 TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
 
 # No test asserts a time. By default the same examples each time, so that a failure is nobody's luck; new ones in
@@ -39,6 +43,51 @@ def count() -> Callable[[int, int], int]:
         return full if TORTURE else default
 
     return choose
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process of a training ended, and what it counted if it came to its end."""
+
+    status: int
+    stdout: list[str]
+    moments: dict[str, int]
+    forwards: int
+
+
+class Trainer:
+    """Trains an example, each time in a new process that runs it from its beginning; see `kill_driver.py`."""
+
+    def __init__(self, example: str, *arguments: object) -> None:
+        command = [sys.executable, ROOT / "tests" / "kill_driver.py", ROOT / "examples" / example, *arguments]
+        self._driver = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+
+    def train(self, **order: int) -> Ended:
+        """Let it train up to a moment, or to its end."""
+        assert self._driver.stdin is not None
+        assert self._driver.stdout is not None
+        self._driver.stdin.write(json.dumps(order) + "\n")
+        self._driver.stdin.flush()
+        lines: list[str] = []
+        for line in self._driver.stdout:
+            if line.startswith("{"):
+                return Ended(stdout=lines, **json.loads(line))
+            lines.append(line.rstrip())
+        raise AssertionError(f"the driver ended with {self._driver.wait()}")
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._driver.communicate()  # no more orders: it ends
+
+
+@pytest.fixture(scope="session")
+def trainer() -> type[Trainer]:
+    """Makes a :class:`Trainer` of an example and its arguments, to be used in a block."""
+    return Trainer
 
 
 class BytesImage:

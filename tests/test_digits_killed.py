@@ -7,8 +7,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,51 +16,11 @@ import pytest
 
 from holdfast import Run
 
-ROOT = Path(__file__).parents[1]
 EPOCHS = 12
 KILLS = 20
 KILLS_PER_TRAINER = 10  # then the next comes out of a process of its own, with its own seed of hashes
 # Each seed is another choice of moments: one by default, which takes a minute, more in `make torture`.
 SEEDS = range(10 if os.environ.get("HOLDFAST_TORTURE", "0") != "0" else 1)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How one process of a run ended."""
-
-    status: int
-    stdout: list[str]
-    moments: dict[str, int]
-
-
-class Trainer:
-    """Trains digits, each time in a new process that runs the example from its beginning."""
-
-    def __init__(self, run: Path, report: Path) -> None:
-        driver, example = ROOT / "tests" / "kill_driver.py", ROOT / "examples" / "digits.py"
-        command = [sys.executable, driver, example, "--run", run, "--report", report, "--epochs", str(EPOCHS)]
-        self._driver = subprocess.Popen(
-            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
-
-    def train(self, *, kill_in_step: int = 0, moment: int = 0) -> Ended:
-        """Let it train: up to ``moment`` (0: none) on the disk after a step, or to the end."""
-        assert self._driver.stdin is not None
-        assert self._driver.stdout is not None
-        self._driver.stdin.write(f"{kill_in_step} {moment}\n")
-        self._driver.stdin.flush()
-        lines: list[str] = []
-        for line in self._driver.stdout:
-            if line.startswith("{"):
-                return Ended(stdout=lines, **json.loads(line))
-            lines.append(line.rstrip())
-        raise AssertionError(f"the driver ended with {self._driver.wait()}")
-
-    def __enter__(self) -> Trainer:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._driver.communicate()  # no more orders: it ends
 
 
 @dataclass(frozen=True)
@@ -76,10 +35,16 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def train_digits(trainer: Callable[..., Any]) -> Callable[[Path, Path], Any]:
+    """Trains digits, each time in a new process that runs the example from its beginning."""
+    return lambda run, report: trainer("digits.py", "--run", run, "--report", report, "--epochs", EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, train_digits: Callable[[Path, Path], Any]) -> Whole:
     """A run that nobody kills."""
     directory = tmp_path_factory.mktemp("whole")
-    with Trainer(directory / "run", directory / "report.json") as trainer:
+    with train_digits(directory / "run", directory / "report.json") as trainer:
         ended = trainer.train()
     assert ended.status == 0, ended
     report = json.loads((directory / "report.json").read_text())
@@ -121,7 +86,7 @@ class Kills:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_nobody_killed(
-    seed: int, whole: Whole, tmp_path: Path
+    seed: int, whole: Whole, tmp_path: Path, train_digits: Callable[[Path, Path], Any]
 ) -> None:
     """Killed at 20 random moments, in batches and inside saves, it ends bit-identical in everything.
 
@@ -130,12 +95,12 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_nobody_killed(
     kills = Kills(random.Random(seed), whole)
     run, report = tmp_path / "run", tmp_path / "report.json"
     for first in range(0, KILLS, KILLS_PER_TRAINER):
-        with Trainer(run, report) as trainer:
+        with train_digits(run, report) as trainer:
             for kill in range(first, first + KILLS_PER_TRAINER):
                 epochs_done = newest_epoch(run)
                 step, moment = kills.choose(epochs_done, is_last=kill == KILLS - 1)
 
-                ended = trainer.train(kill_in_step=step, moment=moment)
+                ended = trainer.train(step=step, moment=moment)
 
                 where = f"kill {kill} (epoch {epochs_done}, step {step}, moment {moment}): {ended}"
                 assert ended.status == -signal.SIGKILL, where
@@ -147,7 +112,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_nobody_killed(
                 # last epoch that was done may have been under way.
                 saved = 1 if moment else (step - 1) // whole.steps_per_epoch
                 assert newest_epoch(run) - epochs_done in {saved, max(0, saved - 1)}, where
-    with Trainer(run, report) as trainer:
+    with train_digits(run, report) as trainer:
         ended = trainer.train()
 
     assert ended.status == 0, ended
@@ -156,9 +121,11 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_nobody_killed(
     assert 0 < kills.in_saves < KILLS
 
 
-def test_a_finished_run_reports_the_same_again(whole: Whole, tmp_path: Path) -> None:
+def test_a_finished_run_reports_the_same_again(
+    whole: Whole, tmp_path: Path, train_digits: Callable[[Path, Path], Any]
+) -> None:
     """Started again after its end, it trains nothing and has the state that it ended with."""
-    with Trainer(whole.run, tmp_path / "report.json") as trainer:
+    with train_digits(whole.run, tmp_path / "report.json") as trainer:
         ended = trainer.train()
 
     assert ended.status == 0, ended
@@ -173,7 +140,7 @@ def newest_epoch(run: Path) -> int:
     return 0 if newest is None else newest.epoch
 
 
-def resumed_after(ended: Ended) -> int:
+def resumed_after(ended: Any) -> int:
     """The number of epochs from which a process went on, by its own words."""
     first_line = ended.stdout[0] if ended.stdout else ""
     return int(first_line.split()[-1]) if first_line.startswith("resuming") else 0

@@ -23,9 +23,10 @@ FLOORS = (
     ("inspection",),
     ("checkpoint",),
     ("state",),
-    ("saving", "loading"),
+    ("saving", "loading", "data"),
     ("run",),
-    ("policies", "pace", "progress", "config"),
+    ("policies", "pace", "notices", "progress", "config"),
+    ("preemption",),
     ("resume", "writer", "loaders"),
     ("keeping",),
     ("checkpointer",),
@@ -37,7 +38,8 @@ FREE = ("__init__", "__main__", "_version")  # they stand outside: the door, the
 
 # Looking at checkpoints, from Python or from the command line, does not load torch, which takes seconds.
 WITHOUT_TORCH = tuple(
-    "errors format storage inspection checkpoint run policies pace progress config cli __init__ _version".split()
+    "errors format storage inspection checkpoint run policies pace progress config notices preemption cli "
+    "__init__ _version".split()
 )
 
 # format says what bytes mean; where they lie is not its business.

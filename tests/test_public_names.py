@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import holdfast
-from holdfast import errors
+from holdfast import data, errors, notices
 
 FUNCTIONS_AND_CLASSES = [
     "Checkpoint",
@@ -21,6 +21,8 @@ FUNCTIONS_AND_CLASSES = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "Preempted",
+    "Preemption",
     "RestoreReport",
     "Resume",
     "Run",
@@ -34,7 +36,9 @@ FUNCTIONS_AND_CLASSES = [
 ]
 MODULES = {
     "classic": ["load_checkpoint", "save_checkpoint", "save_rotating_checkpoint"],
+    "data": data.__all__,
     "errors": errors.__all__,
+    "notices": notices.__all__,
 }
 PUBLIC_ERRORS = [getattr(errors, name) for name in errors.__all__ if name.endswith("Error")]
 

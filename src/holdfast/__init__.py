@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from holdfast._version import __version__
 
 if TYPE_CHECKING:
-    from holdfast import classic, errors
+    from holdfast import classic, data, errors, notices
     from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name, used as holdfast.open
     from holdfast.checkpointer import Checkpointer
     from holdfast.format.codecs import register_codec
     from holdfast.loading import load, restore
     from holdfast.policies import Every, KeepBest, KeepEvery, KeepLast
+    from holdfast.preemption import Preempted, Preemption
     from holdfast.resume import Resume
     from holdfast.run import Run
     from holdfast.saving import save
@@ -38,6 +39,8 @@ _HOMES = {
     "KeepBest": "policies",
     "KeepEvery": "policies",
     "KeepLast": "policies",
+    "Preempted": "preemption",
+    "Preemption": "preemption",
     "RestoreReport": "state.report",
     "Resume": "resume",
     "Run": "run",
@@ -49,7 +52,7 @@ _HOMES = {
     "restore": "loading",
     "save": "saving",
 }
-_MODULES = ("classic", "errors")
+_MODULES = ("classic", "data", "errors", "notices")
 
 __all__ = [
     "Checkpoint",
@@ -58,6 +61,8 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "Preempted",
+    "Preemption",
     "RestoreReport",
     "Resume",
     "Run",
@@ -65,8 +70,10 @@ __all__ = [
     "SaveReport",
     "__version__",
     "classic",
+    "data",
     "errors",
     "load",
+    "notices",
     "open",
     "register_codec",
     "restore",

@@ -19,6 +19,8 @@ from holdfast.keeping import Keeper
 from holdfast.loaders import Loaders
 from holdfast.pace import Pace
 from holdfast.policies import Every, KeepLast, Moment, SavePolicy, spacing_s
+from holdfast.preemption import Preemption
+from holdfast.preemption.leaving import PreemptionWatch, Saver
 from holdfast.progress import Progress
 from holdfast.resume import Resume, Source, resume_run
 from holdfast.run import Retention, Run
@@ -28,6 +30,7 @@ from holdfast.state.forgotten import forgotten
 from holdfast.state.guard import StepGuard
 from holdfast.state.kinds import estimated_nbytes
 from holdfast.state.report import RestoreReport
+from holdfast.state.rng import capture_global
 from holdfast.state.unchanged import Unchanged
 from holdfast.writer import SaveHandle, Writer
 
@@ -59,6 +62,9 @@ class Checkpointer:
             more: what shall be otherwise from there on, or what part to start from.
         config: anything that JSON can say, recorded with each checkpoint. On resuming, what changed in it since is
             logged, and listed in ``config_changes``.
+        preemption: what asks the training to leave, and how it leaves: by default SIGTERM, SIGUSR1, SIGUSR2 and SIGINT
+            have the next step save and raise :class:`holdfast.Preempted`. None listens to nothing. See
+            docs/preemption.md.
         background: ``False`` writes at the call, without a copy of the state.
         overlap: copy parameters and optimizer state beside the next forward and backward, instead of at the call; the
             optimizers of ``state`` wait in their ``step()`` for what is left. Everything else is copied at the call.
@@ -103,6 +109,7 @@ class Checkpointer:
         when_busy: Literal["wait", "skip"] = "wait",
         share_unchanged: bool = True,
         drain_s: float = 600.0,
+        preemption: Preemption | None = Preemption(),  # noqa: B008 - frozen
     ) -> None:
         _check_policies(save, keep)
         _check_writing(background, overlap, when_busy, drain_s)
@@ -122,6 +129,7 @@ class Checkpointer:
         self._when_busy = when_busy
         self._share_unchanged = share_unchanged
         self._drain_s = drain_s
+        self._preemption = PreemptionWatch(preemption, self.run)
         self._writer: Writer | None = None
         self._pid = 0
         self._run_id = ""
@@ -131,6 +139,9 @@ class Checkpointer:
         self._loaders = Loaders(())
         self._metrics: dict[str, Any] = {}
         self._unsaved = False
+        self._generators: dict[str, Any] | None = None  # of the last step
+        self._evaluates = False
+        self._asked_in_evaluations = False
         self._saves = 0
         self._last: SaveHandle | None = None
         self._looked_for_forgotten = False
@@ -154,6 +165,11 @@ class Checkpointer:
         """Batches whose gradients wait for the next optimizer step, as told by ``step(accumulating=True)``."""
         return self._progress.accumulated
 
+    @property
+    def preempted(self) -> bool:
+        """Whether the training was asked to leave, which it does at the next ``step()`` or ``end_epoch()``."""
+        return self._preemption.requested
+
     # ------------------------------------------------------------------------------------------------- the block
 
     def __enter__(self) -> Checkpointer:
@@ -164,6 +180,7 @@ class Checkpointer:
             for name in self.run.store.clean():
                 _logger.info("removed %s, left by a save that did not end", os.path.join(self.run.path, name))
             self._continue()
+            self._preemption.begin(self.resumed_from)
         except BaseException:
             self.run.store.release()
             raise
@@ -187,9 +204,10 @@ class Checkpointer:
                     self._submit("end of training")
                 writer.drain(self._drain_s)
                 writer.check()
-            else:
+            elif not self._preemption.left:
                 self._finish_after_error(writer)
         finally:
+            self._preemption.end(error)
             writer.close()
             self._writer = None
             self.run.store.release()
@@ -226,8 +244,9 @@ class Checkpointer:
                 self._progress.count_step()
             self._metrics = {}
             self._changed()
+            self._remember_generators()
             self._warm_up(self._in_block())
-            return self._save_if_due("batch" if accumulating else "step")
+            return self._save_or_leave("batch" if accumulating else "step")
 
     def end_epoch(self, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
         """Tell that an epoch is done. Call it last in the epoch, after the scheduler's step.
@@ -247,9 +266,10 @@ class Checkpointer:
             encoded = encode_metrics(metrics)
             self._progress.count_epoch()
             self._loaders.end_epoch()
+            self._generators = None
             self._metrics = encoded
             self._changed()
-            handle = self._save_if_due("epoch")
+            handle = self._save_or_leave("epoch")
             if handle is None and encoded:
                 self._keep_metrics()
             return handle
@@ -270,6 +290,33 @@ class Checkpointer:
             self._metrics = {**self._metrics, **encode_metrics(metrics)}
             return self._submit(reason)
 
+    def leave_if_preempted(self) -> None:
+        """Save and leave now if the training was asked to, without waiting for the next step: for long evaluations.
+
+        What is saved is the state as it is now, with the random-number generators of the last ``step()``, so that the
+        resumed training evaluates anew from there. Call it only where an evaluation has changed nothing else. (The
+        generators are remembered at the last batch of a loader that knows its position, and at every step once this
+        was called in a process; else they are saved as they are.)
+
+        Raises:
+            Preempted: it was.
+        """
+        self._in_block()
+        self._evaluates = True
+        try:
+            self._leave_if_preempted()
+        finally:
+            self._evaluates = False
+            self._asked_in_evaluations = True
+
+    def request_preemption(self, reason: str) -> None:
+        """Ask the training to leave at its next step, as a signal does. Safe to call from any thread.
+
+        Args:
+            reason: who or what asks, in words.
+        """
+        self._preemption.request(reason)
+
     @contextmanager
     def _standing_still(self, *, whole_step: bool = False) -> Iterator[None]:
         """The training called, and waits until it may go on."""
@@ -286,6 +333,11 @@ class Checkpointer:
         self._unsaved = True
         self._loaders.note_step()
         self._check(self._in_block())
+
+    def _remember_generators(self) -> None:
+        """Keep the generators of this step, if an evaluation may follow that is left before its end."""
+        wanted = self._asked_in_evaluations or self._loaders.at_end()
+        self._generators = capture_global() if wanted else None
 
     # ----------------------------------------------------------------------------------------------------- saving
 
@@ -314,6 +366,28 @@ class Checkpointer:
             return None
         return self._submit(reason)
 
+    def _save_or_leave(self, event: Literal["step", "epoch", "batch"]) -> SaveHandle | None:
+        """The policy's save, unless the training was asked to leave: before it, or while it began."""
+        self._leave_if_preempted()
+        handle = self._save_if_due(event)
+        self._leave_if_preempted()
+        return handle
+
+    def _leave_if_preempted(self) -> None:
+        self._preemption.measure(self._last)
+        if self._preemption.requested:
+            self._preemption.leave(self._saver(self._in_block()))
+
+    def _saver(self, writer: Writer) -> Saver:
+        return Saver(
+            saved=lambda: None if self._unsaved else self._last or self.resumed_from,
+            save=self._submit,
+            drain=writer.drain,
+            check=lambda: self._check(writer),
+            patience_s=self._drain_s,
+            background=self._background,
+        )
+
     def _submit(self, reason: str) -> SaveHandle:
         writer = self._in_block()
         self._name_forgotten()
@@ -327,7 +401,8 @@ class Checkpointer:
         return handle
 
     def _capture(self) -> dict[str, CapturedEntry]:
-        captured = capture(self._state, gradients=self._progress.accumulated > 0)
+        generators = self._generators if self._evaluates and self._generators is not None else True
+        captured = capture(self._state, generators=generators, gradients=self._progress.accumulated > 0)
         captured[LOOP_ENTRY] = CapturedEntry(encode_config(self._progress.entry()), {}, {})
         if self._config is not None:
             captured[CONFIG_ENTRY] = CapturedEntry(self._config, {}, {})

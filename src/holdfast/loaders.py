@@ -23,8 +23,11 @@ class KnowsPosition(Protocol):
     def served(self) -> int:
         """Batches that were handed out in all, by this object."""
 
+    def wait_for_end_epoch(self) -> None:
+        """An epoch is over with :meth:`end_epoch`, not with its last batch."""
+
     def end_epoch(self) -> None:
-        """The loop ended its epoch; where it left early, the next iteration begins the next epoch."""
+        """The loop ended its epoch: the next iteration begins the next one."""
 
 
 class Loaders:
@@ -32,6 +35,8 @@ class Loaders:
 
     def __init__(self, loaders: Sequence[KnowsPosition]) -> None:
         self._loaders = loaders
+        for loader in loaders:
+            loader.wait_for_end_epoch()
         self._served_at_step = self._served()
         self._warned = False
 
@@ -47,6 +52,10 @@ class Loaders:
         """The loop ended its epoch."""
         for loader in self._loaders:
             loader.end_epoch()
+
+    def at_end(self) -> bool:
+        """Whether one of them has handed out the last batch of its epoch, as far as it knows how many there are."""
+        return any(loader.position and loader.position == _length(loader) for loader in self._loaders)
 
     def note_step(self) -> None:
         """What was handed out up to now has been trained on."""
@@ -65,3 +74,10 @@ class Loaders:
 
     def _served(self) -> int:
         return sum(loader.served for loader in self._loaders)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None

@@ -60,13 +60,16 @@ class CapturedEntry:
     aliases: dict[str, str]
 
 
-def capture(state: Mapping[str, Any], *, generators: bool = True, gradients: bool = False) -> dict[str, CapturedEntry]:
+def capture(
+    state: Mapping[str, Any], *, generators: bool | Mapping[str, Any] = True, gradients: bool = False
+) -> dict[str, CapturedEntry]:
     """Capture every entry of ``state``, and the global random-number generators.
 
     Args:
         state: names to modules, optimizers, schedulers, tensors, arrays, generators, plain containers of such, or
             anything with ``state_dict`` and ``load_state_dict``.
-        generators: whether the global generators are captured too.
+        generators: whether the global generators are captured too; or what they were at an earlier moment, as
+            :func:`holdfast.state.rng.capture_global` returned it.
         gradients: whether the gradients of its parameters are captured too: in the middle of an accumulation they are
             state.
 
@@ -80,14 +83,15 @@ def capture(state: Mapping[str, Any], *, generators: bool = True, gradients: boo
     with collector_paused():
         names = name_parameters(state)
         # Generators first: a state_dict() may draw from them, and saving must not change training.
-        global_state = rng.capture_global() if generators else None
+        live = rng.capture_global() if generators else None
         captured = {entry: _capture_entry(entry, value, names) for entry, value in state.items()}
         if gradients:
             captured[GRADIENTS_ENTRY] = _capture_entry(GRADIENTS_ENTRY, gradients_of(state, names), names)
-        if global_state is not None:
-            captured[RNG_ENTRY] = _capture_entry(RNG_ENTRY, global_state, names)
-            if rng.capture_global() != global_state:
-                rng.restore_global(global_state)
+        if live is not None:
+            saved = generators if isinstance(generators, Mapping) else live
+            captured[RNG_ENTRY] = _capture_entry(RNG_ENTRY, saved, names)
+            if rng.capture_global() != live:
+                rng.restore_global(live)
     return captured
 
 

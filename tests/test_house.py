@@ -28,7 +28,7 @@ FLOORS = (
     ("policies", "pace", "notices", "progress", "config"),
     ("preemption",),
     ("resume", "writer", "loaders"),
-    ("keeping",),
+    ("keeping", "training"),
     ("checkpointer",),
     ("classic",),
     ("cli",),

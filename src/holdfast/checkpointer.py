@@ -5,34 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.config import ConfigChange, config_changes, decode_config, encode_config
+from holdfast.config import ConfigChange
 from holdfast.errors import UsageError
-from holdfast.format.names import CONFIG_ENTRY, LOOP_ENTRY
 from holdfast.keeping import Keeper
-from holdfast.loaders import Loaders
 from holdfast.pace import Pace
 from holdfast.policies import Every, KeepLast, Moment, SavePolicy, spacing_s
 from holdfast.preemption import Preemption
 from holdfast.preemption.leaving import PreemptionWatch, Saver
-from holdfast.progress import Progress
 from holdfast.resume import Resume, Source, resume_run
 from holdfast.run import Retention, Run
 from holdfast.saving import About, encode_metrics
-from holdfast.state.capture import CapturedEntry, capture
-from holdfast.state.forgotten import forgotten
 from holdfast.state.guard import StepGuard
 from holdfast.state.kinds import estimated_nbytes
 from holdfast.state.report import RestoreReport
-from holdfast.state.rng import capture_global
 from holdfast.state.unchanged import Unchanged
-from holdfast.writer import SaveHandle, Writer
+from holdfast.training import Training
+from holdfast.writer import SaveHandle, Writer, Writing
 
 _logger = logging.getLogger("holdfast")
 _NEWS = 0.25  # a distance between saves that changed by less is not worth a line
@@ -112,39 +106,26 @@ class Checkpointer:
         preemption: Preemption | None = Preemption(),  # noqa: B008 - frozen
     ) -> None:
         _check_policies(save, keep)
-        _check_writing(background, overlap, when_busy, drain_s)
         self.run = Run(path)
         self.resumed_from: Checkpoint | None = None
         self.report: RestoreReport | None = None
-        self.config_changes: tuple[ConfigChange, ...] = ()
         self.skipped = 0
-        self._state = state
+        self._training = Training(state, config, self.run.path)
         self._save_policy = save
         self._keeper = Keeper(self.run, keep)
         self._keep_policy = keep
         self._resume = resume if isinstance(resume, Resume) else Resume(resume)
-        self._config = encode_config(config)
-        self._background = background
-        self._overlap = overlap
-        self._when_busy = when_busy
-        self._share_unchanged = share_unchanged
-        self._drain_s = drain_s
+        self._writing = Writing(background, overlap, when_busy, share_unchanged, drain_s)
         self._preemption = PreemptionWatch(preemption, self.run)
         self._writer: Writer | None = None
         self._pid = 0
         self._run_id = ""
         self._resumed_own = False
-        self._progress = Progress()
         self._pace = Pace()
-        self._loaders = Loaders(())
         self._metrics: dict[str, Any] = {}
         self._unsaved = False
-        self._generators: dict[str, Any] | None = None  # of the last step
-        self._evaluates = False
-        self._asked_in_evaluations = False
         self._saves = 0
         self._last: SaveHandle | None = None
-        self._looked_for_forgotten = False
         self._warmed_up = False
         self._told_spacing_s = 0.0
 
@@ -153,17 +134,22 @@ class Checkpointer:
     @property
     def epoch(self) -> int:
         """Epochs done, which is the number of the epoch to go on with: ``range(ckpt.epoch, epochs)``."""
-        return self._progress.epoch
+        return self._training.progress.epoch
 
     @property
     def global_step(self) -> int:
         """Optimizer steps done, over all processes that this run was continued by."""
-        return self._progress.step
+        return self._training.progress.step
 
     @property
     def accumulated(self) -> int:
         """Batches whose gradients wait for the next optimizer step, as told by ``step(accumulating=True)``."""
-        return self._progress.accumulated
+        return self._training.progress.accumulated
+
+    @property
+    def config_changes(self) -> tuple[ConfigChange, ...]:
+        """What is not as it was in the configuration that the checkpoint recorded which was resumed from."""
+        return self._training.config_changes
 
     @property
     def preempted(self) -> bool:
@@ -188,7 +174,6 @@ class Checkpointer:
         if self.resumed_from is not None:
             self._warm_up(self._writer)
         self._pid = os.getpid()
-        self._loaders = Loaders.in_state(self._state)
         self._pace = Pace()
         return self
 
@@ -202,7 +187,7 @@ class Checkpointer:
             if kind is None:
                 if self._unsaved:
                     self._submit("end of training")
-                writer.drain(self._drain_s)
+                writer.drain(self._writing.drain_s)
                 writer.check()
             elif not self._preemption.left:
                 self._finish_after_error(writer)
@@ -216,7 +201,7 @@ class Checkpointer:
     def _finish_after_error(self, writer: Writer) -> None:
         """Finish what is under way without hiding the exception that is leaving the block."""
         try:
-            writer.drain(self._drain_s)
+            writer.drain(self._writing.drain_s)
             writer.check()
         except Exception:
             _logger.exception("a save under way failed while an exception was leaving the block")
@@ -238,13 +223,9 @@ class Checkpointer:
                 go on.
         """
         with self._standing_still(whole_step=True):
-            if accumulating:
-                self._progress.count_batch()
-            else:
-                self._progress.count_step()
+            self._training.count(accumulating=accumulating)
             self._metrics = {}
             self._changed()
-            self._remember_generators()
             self._warm_up(self._in_block())
             return self._save_or_leave("batch" if accumulating else "step")
 
@@ -264,9 +245,7 @@ class Checkpointer:
         with self._standing_still():
             self._keeper.check(metrics or {})
             encoded = encode_metrics(metrics)
-            self._progress.count_epoch()
-            self._loaders.end_epoch()
-            self._generators = None
+            self._training.count_epoch()
             self._metrics = encoded
             self._changed()
             handle = self._save_or_leave("epoch")
@@ -286,7 +265,7 @@ class Checkpointer:
         """
         with self._standing_still():
             self._check(self._in_block())
-            self._loaders.warn_of_batch_in_hand(self.run.path)
+            self._training.warn_of_batch_in_hand()
             self._metrics = {**self._metrics, **encode_metrics(metrics)}
             return self._submit(reason)
 
@@ -302,12 +281,8 @@ class Checkpointer:
             Preempted: it was.
         """
         self._in_block()
-        self._evaluates = True
-        try:
+        with self._training.evaluating():
             self._leave_if_preempted()
-        finally:
-            self._evaluates = False
-            self._asked_in_evaluations = True
 
     def request_preemption(self, reason: str) -> None:
         """Ask the training to leave at its next step, as a signal does. Safe to call from any thread.
@@ -331,13 +306,7 @@ class Checkpointer:
     def _changed(self) -> None:
         """The training went on: there is something to save, and a failure to raise, if there was one."""
         self._unsaved = True
-        self._loaders.note_step()
         self._check(self._in_block())
-
-    def _remember_generators(self) -> None:
-        """Keep the generators of this step, if an evaluation may follow that is left before its end."""
-        wanted = self._asked_in_evaluations or self._loaders.at_end()
-        self._generators = capture_global() if wanted else None
 
     # ----------------------------------------------------------------------------------------------------- saving
 
@@ -345,8 +314,8 @@ class Checkpointer:
         writer = self._in_block()
         moment = Moment(
             event,
-            self._progress.step,
-            self._progress.epoch,
+            self.global_step,
+            self.epoch,
             self._pace.since_save_s,
             saves=self._saves,
             cost_s=self._pace.cost_s,
@@ -355,12 +324,12 @@ class Checkpointer:
         reason = self._save_policy.due(moment)
         if reason is None:
             return None
-        if self._when_busy == "skip" and writer.busy():
+        if self._writing.when_busy == "skip" and writer.busy():
             self.skipped += 1
             _logger.info(
                 "%s: no save at step %d, since one is under way (%d skipped so far)",
                 self.run.path,
-                self._progress.step,
+                self.global_step,
                 self.skipped,
             )
             return None
@@ -384,29 +353,21 @@ class Checkpointer:
             save=self._submit,
             drain=writer.drain,
             check=lambda: self._check(writer),
-            patience_s=self._drain_s,
-            background=self._background,
+            patience_s=self._writing.drain_s,
+            background=self._writing.background,
         )
 
     def _submit(self, reason: str) -> SaveHandle:
         writer = self._in_block()
-        self._name_forgotten()
+        self._training.warn_of_forgotten()
         parent = None if self.resumed_from is None else self.resumed_from.checkpoint_id
-        about = About(self._progress.step, self._progress.epoch, self._metrics, reason, self._run_id, parent)
+        about = About(self.global_step, self.epoch, self._metrics, reason, self._run_id, parent)
         with self._pace.saving():
-            self._last = handle = writer.save(self._capture, about)
+            self._last = handle = writer.save(self._training.capture, about)
         self._saves += 1
         self._unsaved = False
         self._check(writer)
         return handle
-
-    def _capture(self) -> dict[str, CapturedEntry]:
-        generators = self._generators if self._evaluates and self._generators is not None else True
-        captured = capture(self._state, generators=generators, gradients=self._progress.accumulated > 0)
-        captured[LOOP_ENTRY] = CapturedEntry(encode_config(self._progress.entry()), {}, {})
-        if self._config is not None:
-            captured[CONFIG_ENTRY] = CapturedEntry(self._config, {}, {})
-        return captured
 
     def _check(self, writer: Writer) -> None:
         """Raise what went wrong since the last look; when it was the last save, there is something to save again."""
@@ -418,10 +379,10 @@ class Checkpointer:
     def _keep_metrics(self) -> None:
         """Give metrics for which no save was due to the checkpoint of this step, if there is one."""
         writer = self._in_block()
-        if self._last is not None and self._last.step == self._progress.step:
+        if self._last is not None and self._last.step == self.global_step:
             writer.drain()
             self._check(writer)
-        self._keeper.add_metrics(self._last, self._progress.step, self._progress.epoch, self._metrics)
+        self._keeper.add_metrics(self._last, self.global_step, self.epoch, self._metrics)
 
     def _tell_spacing(self) -> None:
         """Say how far apart saves are, where that follows from what they cost, and it changed."""
@@ -438,67 +399,31 @@ class Checkpointer:
             self._save_policy,
         )
 
-    def _name_forgotten(self) -> None:
-        if self._looked_for_forgotten:
-            return
-        self._looked_for_forgotten = True
-        for what in forgotten(self._state):
-            warnings.warn(
-                f"a {what} is alive and not in the state of {self.run.path}: it will not be saved, and a resumed "
-                "training will differ. Add it to the state.",
-                stacklevel=4,
-            )
-
     def _warm_up(self, writer: Writer) -> None:
         """Once, when the optimizers have their state, have the memory made that the first save will need."""
         if not self._warmed_up:
             self._warmed_up = True
-            writer.warm_up(estimated_nbytes(self._state))
+            writer.warm_up(estimated_nbytes(self._training.state))
 
     def _new_writer(self) -> Writer:
         own = self.resumed_from if self._resumed_own else None
         return Writer(
             self.run,
             self._keeper.retain,
-            unchanged=Unchanged(own) if self._share_unchanged else None,
-            background=self._background,
-            guard=StepGuard(self._state) if self._overlap else None,
+            unchanged=Unchanged(own) if self._writing.share_unchanged else None,
+            background=self._writing.background,
+            guard=StepGuard(self._training.state) if self._writing.overlap else None,
         )
 
     # -------------------------------------------------------------------------------------------------- resuming
 
     def _continue(self) -> None:
-        resumed = resume_run(self.run, self._state, self._resume, self._keep_policy)
+        resumed = resume_run(self.run, self._training.state, self._resume, self._keep_policy)
         self._run_id = resumed.run_id or secrets.token_hex(16)
         self._resumed_own = resumed.run_id is not None
-        self._progress = resumed.progress
-        if resumed.checkpoint is None:
-            _logger.info("starting a new run in %s", self.run.path)
-            return
         self.resumed_from = resumed.checkpoint
         self.report = resumed.report
-        _logger.info(
-            "resumed %s: step %d, epoch %d%s", resumed.checkpoint.path, self.global_step, self.epoch, self._position()
-        )
-        self._compare_config(resumed.checkpoint)
-
-    def _compare_config(self, checkpoint: Checkpoint) -> None:
-        if self._config is None or checkpoint.config is None:
-            return
-        self.config_changes = config_changes(checkpoint.config, decode_config(self._config))
-        if self.config_changes:
-            changes = "\n".join(f"  {change}" for change in self.config_changes)
-            _logger.warning("%s: the configuration changed since %s:\n%s", self.run.path, checkpoint.name, changes)
-
-    def _position(self) -> str:
-        """Where in the epoch the checkpoint was saved, in words; nothing at a border."""
-        if self._progress.steps_in_epoch == 0:
-            return ""
-        known = Loaders.in_state(self._state)
-        unless = (
-            "" if known else (" (unless something in the state knows the position in the data, the epoch starts over)")
-        )
-        return f", {self._progress.steps_in_epoch} steps into it{unless}"
+        self._training.begin(resumed.progress, resumed.checkpoint)
 
     def _in_block(self) -> Writer:
         if self._writer is None:
@@ -515,12 +440,3 @@ def _check_policies(save: object, keep: object) -> None:
         raise UsageError(f"save=: expected a save policy such as Every(epochs=1), found {save!r}.", key="save")
     if not callable(getattr(keep, "keep", None)):
         raise UsageError(f"keep=: expected a retention policy such as KeepLast(3), found {keep!r}.", key="keep")
-
-
-def _check_writing(background: bool, overlap: bool, when_busy: object, drain_s: float) -> None:
-    if overlap and not background:
-        raise UsageError("overlap=True: only saves in the background overlap; expected background=True.", key="overlap")
-    if when_busy not in ("wait", "skip"):
-        raise UsageError(f"when_busy=: expected 'wait' or 'skip', found {when_busy!r}.", key="when_busy")
-    if isinstance(drain_s, bool) or not isinstance(drain_s, (int, float)) or not drain_s > 0:
-        raise UsageError(f"drain_s=: expected a positive number of seconds, found {drain_s!r}.", key="drain_s")

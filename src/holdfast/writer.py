@@ -16,7 +16,7 @@ import msgspec
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.collector import collector_paused
-from holdfast.errors import SaveTimeoutError, StorageError
+from holdfast.errors import SaveTimeoutError, StorageError, UsageError
 from holdfast.run import Run
 from holdfast.storage.arena import Arena
 
@@ -74,6 +74,32 @@ class SaveReport:
             f"training stood still for {self.stall_s * 1e3:.1f} ms; staging {self.stage_s:.3f} s, "
             f"writing {self.write_s:.3f} s, commit {self.commit_s:.3f} s"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a training loop saves: the arguments of :class:`holdfast.Checkpointer`, which say what they mean.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+
+    background: bool
+    overlap: bool
+    when_busy: str
+    share_unchanged: bool
+    drain_s: float
+
+    def __post_init__(self) -> None:
+        if self.overlap and not self.background:
+            raise UsageError(
+                "overlap=True: only saves in the background overlap; expected background=True.", key="overlap"
+            )
+        if self.when_busy not in ("wait", "skip"):
+            raise UsageError(f"when_busy=: expected 'wait' or 'skip', found {self.when_busy!r}.", key="when_busy")
+        seconds = self.drain_s
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise UsageError(f"drain_s=: expected a positive number of seconds, found {seconds!r}.", key="drain_s")
 
 
 class SaveHandle:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,47 +30,30 @@ from holdfast import Checkpointer, Every, KeepBest, KeepLast
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or continue to train, and report."""
     options = parse(argv)
-    torch.set_num_threads(1)  # sums in another order are other sums: bits compare between equal numbers of threads
-    random.seed(options.seed)
-    np.random.seed(options.seed)
-    torch.manual_seed(options.seed)
-
-    training, validation = load_data()
-    loader = DataLoader(training, batch_size=64, shuffle=True)
-    model = make_model()
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.epochs)
-    history: dict[str, list[float]] = {"train_loss": [], "val_loss": [], "accuracy": []}
-
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema, "history": history}
+    images, validation = load_data()
+    state = make_state(options.epochs, options.seed)
+    history = state["history"]
     with Checkpointer(options.run, state, save=Every(epochs=1), keep=KeepLast(3) | KeepBest("val_loss", "min")) as ckpt:
         if ckpt.epoch:
             print(f"resuming after epoch {ckpt.epoch}", flush=True)
         for epoch in range(ckpt.epoch, options.epochs):
-            losses = []
-            model.train()
-            for images, labels in loader:
-                loss = F.cross_entropy(model(augment(images)), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                ema.update_parameters(model)
-                losses.append(loss.item())
+            for _ in epoch_of(state, images, validation):
                 ckpt.step()
-            scheduler.step()
-            val_loss, accuracy = evaluate(ema, validation)
-            history["train_loss"].append(sum(losses) / len(losses))
-            history["val_loss"].append(val_loss)
-            history["accuracy"].append(accuracy)
             print(describe(epoch, history), flush=True)
-            ckpt.end_epoch({"val_loss": val_loss, "accuracy": accuracy})
+            ckpt.end_epoch({"val_loss": history["val_loss"][-1], "accuracy": history["accuracy"][-1]})
 
     digests = run_digests(state)
     print(f"finished: {describe(len(history['val_loss']) - 1, history)}\nstate digest {digests['all']}")
     if options.report:
         report = {"steps": ckpt.global_step, "history": history, "digests": digests}
         options.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def training() -> tuple[dict[str, Any], Callable[[], float]]:
+    """The same training for ``holdfast audit examples/digits.py:training``: a step is an epoch, where it is saved."""
+    images, validation = load_data()
+    state = make_state(epochs=12, seed=0)
+    return state, lambda: sum(epoch_of(state, images, validation))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -92,6 +76,21 @@ def load_data() -> tuple[TensorDataset, tuple[Tensor, Tensor]]:
     return TensorDataset(images[training], labels[training]), (images[validation], labels[validation])
 
 
+def make_state(epochs: int, seed: int) -> dict[str, Any]:
+    """Everything that changes while it learns, as it is before the first epoch."""
+    torch.set_num_threads(1)  # sums in another order are other sums: bits compare between equal numbers of threads
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+    model = make_model()
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    history: dict[str, list[float]] = {"train_loss": [], "val_loss": [], "accuracy": []}
+    return {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema, "history": history}
+
+
 def make_model() -> nn.Module:
     """Two convolutions, with normalisation and dropout."""
     return nn.Sequential(
@@ -99,6 +98,26 @@ def make_model() -> nn.Module:
         *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.1)),
         *(nn.Flatten(), nn.Linear(32 * 4 * 4, 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 10)),
     )
+
+
+def epoch_of(state: Mapping[str, Any], training: TensorDataset, validation: tuple[Tensor, Tensor]) -> Iterator[float]:
+    """Learn from every image once, then measure; yields the loss after each batch."""
+    model, optimizer, ema, history = state["model"], state["optimizer"], state["ema"], state["history"]
+    losses = []
+    model.train()
+    for images, labels in DataLoader(training, batch_size=64, shuffle=True):
+        loss = F.cross_entropy(model(augment(images)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update_parameters(model)
+        losses.append(loss.item())
+        yield losses[-1]
+    state["scheduler"].step()
+    val_loss, accuracy = evaluate(ema, validation)
+    history["train_loss"].append(sum(losses) / len(losses))
+    history["val_loss"].append(val_loss)
+    history["accuracy"].append(accuracy)
 
 
 def augment(images: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
     python tests/kill_driver.py examples/digits.py --run runs/digits
 
-Each line on standard input is an order, a JSON object, for one process that runs the script from its beginning.
-``{}`` lets it live. ``{"step": 23}`` kills it with SIGKILL in its 23rd optimizer step;
-``{"step": 23, "moment": 40}`` at the 40th moment after that step in which something happens to the disk: before each
-call that changes it, in the middle of each write, and after each fsync. ``{"forward": 99}`` kills it in the 99th call of
-a module's forward, which may be anywhere in a batch. ``"signal"`` is the number of another signal. After what the script
-prints comes a line of JSON: the exit status and, of a process that came to its end, how many forwards it made, and how
-many moments on the disk came after each of its steps.
+Each line on standard input is an order, a JSON object, for one process that runs the script from its beginning. ``{}``
+lets it live. ``{"step": 23}`` kills it with SIGKILL in its 23rd optimizer step; ``{"step": 23, "moment": 40}`` at the
+40th moment after that step in which something happens to the disk: before each call that changes it, in the middle of
+each write, and after each fsync. ``{"forward": 99}`` kills it in the 99th call of a module's forward, which may be
+anywhere in a batch. ``"signal"`` is the number of another signal. After what the script prints comes a line of JSON:
+the exit status and, of a process that came to its end, how many forwards it made, and how many moments on the disk
+came after each of its steps.
 
 The processes are forks of this one, which imports what the script needs and does nothing else: importing PyTorch takes
 longer than the training.

@@ -30,7 +30,7 @@ FLOORS = (
     ("resume", "writer", "loaders"),
     ("keeping", "training"),
     ("checkpointer",),
-    ("classic",),
+    ("classic", "audit"),
     ("cli",),
 )
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import holdfast
-from holdfast import data, errors, notices
+from holdfast import audit, data, errors, notices
 
 FUNCTIONS_AND_CLASSES = [
     "Checkpoint",
@@ -35,6 +35,7 @@ FUNCTIONS_AND_CLASSES = [
     "save",
 ]
 MODULES = {
+    "audit": audit.__all__,
     "classic": ["load_checkpoint", "save_checkpoint", "save_rotating_checkpoint"],
     "data": data.__all__,
     "errors": errors.__all__,

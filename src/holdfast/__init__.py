@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast._version import __version__
 
 if TYPE_CHECKING:
-    from holdfast import classic, data, errors, notices
+    from holdfast import audit, classic, data, errors, notices
     from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name, used as holdfast.open
     from holdfast.checkpointer import Checkpointer
     from holdfast.format.codecs import register_codec
@@ -52,7 +52,7 @@ _HOMES = {
     "restore": "loading",
     "save": "saving",
 }
-_MODULES = ("classic", "data", "errors", "notices")
+_MODULES = ("audit", "classic", "data", "errors", "notices")
 
 __all__ = [
     "Checkpoint",
@@ -69,6 +69,7 @@ __all__ = [
     "SaveHandle",
     "SaveReport",
     "__version__",
+    "audit",
     "classic",
     "data",
     "errors",

@@ -9,6 +9,7 @@
     ├── UnsupportedValueError    (TypeError)           a value that cannot be written exactly
     ├── StateMismatchError       (ValueError)          live objects and checkpoint differ in structure
     ├── MissingMetricError       (LookupError)         a policy needs a metric that was not given
+    ├── AuditError               (RuntimeError)        a training failed while it was audited
     ├── RunBusyError             (OSError)             another process writes this run
     └── StorageError             (OSError)             the file system refused
         └── DiskFullError        (StorageError)        no space, no quota, no inodes, or a size limit
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "AuditError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
     "CorruptCheckpointError",
@@ -97,6 +99,10 @@ class UnsupportedValueError(HoldfastError, TypeError):
 
 class MissingMetricError(HoldfastError, LookupError):
     """A policy ranks checkpoints by a metric that was not reported."""
+
+
+class AuditError(HoldfastError, RuntimeError):
+    """A training, or saving or restoring it, failed while it was audited; the message holds the traceback."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""The command line: ``holdfast ls``, ``show``, ``verify`` and ``prune``.
+"""The command line: ``holdfast ls``, ``show``, ``verify``, ``prune`` and ``audit``.
 
-Exit codes: 0 done, 1 found what it looks for (damage), 2 used wrongly. No command needs torch, and ``--help`` needs
-nothing but typer: each command imports what it uses when it runs.
+Exit codes: 0 done, 1 found what it looks for (damage, a difference), 2 used wrongly. No command needs torch (``audit``
+starts processes that do), and ``--help`` needs nothing but typer: each command imports what it uses when it runs.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Annotated
 import typer
 
 from holdfast._version import __version__
-from holdfast.cli import ls, prune, show, verify
+from holdfast.cli import audit, ls, prune, show, verify
 
 app = typer.Typer(
     name="holdfast",
-    help="Look at the checkpoints of a training run, verify them, and remove those that are not needed.",
+    help="Look at the checkpoints of a training run, verify them, and remove those that are not needed; "
+    "prove that a training resumes exactly.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,6 +25,7 @@ app.command("ls")(ls.command)
 app.command("show")(show.command)
 app.command("verify")(verify.command)
 app.command("prune")(prune.command)
+app.command("audit")(audit.command)
 
 
 def _print_version(wanted: bool) -> None:

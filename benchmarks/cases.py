@@ -18,6 +18,7 @@ from benchmarks.peers import Holdfast as BlockingHoldfast
 from benchmarks.planning import planning_rounds
 from benchmarks.report import Result
 from benchmarks.rounds import Figures, record
+from benchmarks.spacing import spacing_rounds
 from benchmarks.stall import background_rounds
 from benchmarks.training import Training, training_rounds
 from benchmarks.workloads import WORKLOADS, Workload
@@ -129,10 +130,17 @@ def _planning(setting: Setting) -> Result:
     return Result(0, planning_rounds(setting.scale, setting.directory, setting.rounds, setting.tell))
 
 
+def _spacing(setting: Setting) -> Result:
+    training = Training(setting.scale, 1)
+    samples = spacing_rounds(training, setting.scale, setting.directory, setting.rounds, setting.tell)
+    return Result(training.workload.nbytes, samples)
+
+
 CASES: dict[str, Callable[[Setting], Result]] = {
     "gpt2": _gpt2,
     "many": _many,
     "lora": _lora,
     "training": _training,
     "planning": _planning,
+    "spacing": _spacing,
 }

@@ -22,6 +22,8 @@ SECONDS = Unit("s", 1.0, 3)
 MILLISECONDS = Unit("ms", 1e3, 1)
 MEGABYTES = Unit("MB", 1e-6, 1)
 TIMES = Unit("times", 1.0, 3)
+PERCENT = Unit("%", 1e2, 2)
+COUNT = Unit("saves", 1.0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,9 @@ FIRST_SAVE = Measure("first save", SECONDS)
 SECOND_SAVE = Measure("second save", SECONDS)
 SECOND_BYTES = Measure("bytes of the second save, per changed byte", TIMES)
 PLAN = Measure("plan of an unchanged structure", MILLISECONDS)
+SHARE = Measure("share of the training time that saves took", PERCENT)
+OF_BUDGET = Measure("of the share that they were allowed", TIMES)
+SAVES = Measure("saves", COUNT)
 
 MEASURES = {
     measure.name: measure
@@ -68,12 +73,24 @@ MEASURES = {
         SECOND_SAVE,
         SECOND_BYTES,
         PLAN,
+        SHARE,
+        OF_BUDGET,
+        SAVES,
     )
 }
 """Every measure by its name, in the order of the tables."""
 
 HOLDFAST, OVERLAP, BLOCKING = "holdfast", "holdfast, overlap", "holdfast, blocking"
 OWN = (HOLDFAST, OVERLAP, BLOCKING)
+
+BUDGETS = (0.05, 0.1)
+"""Shares of the training time that saves may take: enough to be seen above the noise of a minute's training."""
+
+
+def budget(share: float) -> str:
+    """Who saves under it."""
+    return f"holdfast, overhead={share:g}"
+
 
 RAW_DIRECT = "raw: O_DIRECT"
 RAW_WRITE = "raw: write + fsync"

@@ -20,6 +20,7 @@ GROUPS: dict[str, dict[str, tuple[Measure, ...]]] = {
     "lora": {"two saves": (measures.FIRST_SAVE, measures.SECOND_SAVE, measures.SECOND_BYTES, measures.HOT)},
     "training": {"background saves": (measures.LOST, measures.WAITED, measures.LONGER)},
     "planning": {"the second save": (measures.PLAN,)},
+    "spacing": {"saves spaced by what they cost": (measures.SHARE, measures.OF_BUDGET, measures.SAVES)},
 }
 """Which measures of a workload share a table."""
 

@@ -59,6 +59,10 @@ TARGETS = (
     Target("peak memory of background saves", "gpt2", measures.PEAK_BACKGROUND, 1.01, STATE),
     Target("plan for 500 tensors", "planning", measures.PLAN, 0.001, who="holdfast, 500 tensors"),
     Target("plan for 20,000 tensors", "planning", measures.PLAN, 0.020, who="holdfast, 20,000 tensors"),
+    *(
+        Target(f"budget of `Every(overhead={share:g})`", "spacing", measures.OF_BUDGET, 1.0, who=measures.budget(share))
+        for share in measures.BUDGETS
+    ),
 )
 
 

@@ -27,7 +27,7 @@ def surroundings() -> dict[str, Any]:
 
     def train_step(batch: torch.Tensor) -> None:
         optimizer.zero_grad()
-        model(batch).sum().backward()
+        model(batch[0]).sum().backward()
         optimizer.step()
         seen.append(1)
 
@@ -35,7 +35,7 @@ def surroundings() -> dict[str, Any]:
         "model": model,
         "optimizer": optimizer,
         "scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
-        "loader": [torch.ones(1, 2)] * 60,
+        "dataset": torch.utils.data.TensorDataset(torch.ones(60 * 64, 2)),
         "train_step": train_step,
         "validate": lambda: model.weight.sum().item(),
         "seen": seen,

@@ -138,7 +138,7 @@ class _CaptureLeaves:
                 value,
                 path,
                 "It does not know its position in the data. Leave it out (the generators that shuffle it are saved) or "
-                "use a loader with state_dict() and load_state_dict(), such as torchdata's StatefulDataLoader.",
+                "use one that does: holdfast.data.ResumableDataLoader, or torchdata's StatefulDataLoader.",
             )
         return None if kind is None else self._object(value, kind, path)
 

@@ -10,7 +10,7 @@ import torch
 
 from holdfast.state.kinds import Kind, kind_of, live_objects
 
-_STATEFUL_LOADER = "StatefulDataLoader"
+_STATEFUL_LOADERS = ("StatefulDataLoader", "ResumableDataLoader")  # torchdata's, and holdfast.data's
 
 
 def forgotten(state: Mapping[str, Any]) -> list[str]:
@@ -65,7 +65,7 @@ def _is_loose_end(thing: Any) -> bool:
     kind = type(thing)
     if issubclass(kind, torch.amp.GradScaler):
         return bool(thing.is_enabled())
-    return kind.__name__ == _STATEFUL_LOADER and kind_of(thing) is Kind.STATEFUL
+    return kind.__name__ in _STATEFUL_LOADERS and kind_of(thing) is Kind.STATEFUL
 
 
 def _describe(thing: Any) -> str:

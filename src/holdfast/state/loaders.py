@@ -1,10 +1,10 @@
 """Loaders that draw random numbers when they make an iterator: torchdata's ``StatefulDataLoader``.
 
-Its iterator draws the seed of its workers from torch's global generator, as every iterator over a ``DataLoader`` does. In
-the middle of an epoch that happened before the save; so a resumed process must do it before the generators are put back,
-not when the loop begins, or all that training draws from then on differs. Asked for its state, such a loader makes the
-iterator at once, and its next ``__iter__`` returns that one. At the border of two epochs, where an uninterrupted training
-makes a new iterator, it makes a new one then too: a finished iterator is replaced.
+Its iterator draws the seed of its workers from torch's global generator, as every iterator over a ``DataLoader`` does.
+In the middle of an epoch that happened before the save; so a resumed process must do it before the generators are put
+back, not when the loop begins, or all that training draws from then on differs. Asked for its state, such a loader
+makes the iterator at once, and its next ``__iter__`` returns that one. At the border of two epochs, where an
+uninterrupted training makes a new iterator, it makes a new one then too: a finished iterator is replaced.
 """
 
 from __future__ import annotations

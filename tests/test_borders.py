@@ -17,6 +17,9 @@ import torch
 from holdfast import Checkpointer, Every, Preempted, Run
 from holdfast.data import ResumableDataLoader
 
+# The processes of these tests are one; what was alive in one that ended may still be.
+pytestmark = pytest.mark.filterwarnings("ignore:a ResumableDataLoader is alive")
+
 EPOCHS, BATCHES, SIZE = 3, 4, 2
 Seen = list[tuple[int, str, Any]]
 """Epoch, what happened, and the ids of a batch or a random number."""

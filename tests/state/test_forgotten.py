@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from holdfast import Checkpointer
+from holdfast.data import ResumableDataLoader
 from holdfast.state.forgotten import forgotten
 
 
@@ -74,6 +75,19 @@ def test_stateful_loaders(model: nn.Module) -> None:
     loader = StatefulDataLoader()
     assert forgotten({"model": model}) == ["StatefulDataLoader"]
     assert forgotten({"model": model, "loader": loader}) == []
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "position", "expected"),
+    [(True, 0, ["ResumableDataLoader"]), (False, 1, ["ResumableDataLoader"]), (False, 0, [])],
+)
+def test_loaders_of_our_own(model: nn.Module, shuffle: bool, position: int, expected: list[str]) -> None:
+    """One that gives the same batches each time is for evaluations, unless the training is in the middle of it."""
+    loader = ResumableDataLoader(range(4), shuffle=shuffle)
+    iterator = iter(loader)
+    for _ in range(position):
+        next(iterator)
+    assert forgotten({"model": model}) == expected
 
 
 def test_dead_objects_are_not_missed(model: nn.Module) -> None:

@@ -41,6 +41,7 @@ class ResumableDataLoader:
     Attributes:
         dataset: as given.
         batch_size: as given; None with a ``batch_sampler``.
+        shuffle: whether epochs differ in their order: as given, and True with a sampler.
         num_workers: as given.
         served: batches handed out by this object in this process, ever.
 
@@ -84,6 +85,7 @@ class ResumableDataLoader:
         check_ranks(rank, world_size, seed, sampler is not None or batch_sampler is not None)
         self.dataset = dataset
         self.batch_size = None if batch_sampler is not None else batch_size
+        self.shuffle = shuffle or sampler is not None or batch_sampler is not None
         self.num_workers = num_workers
         self.served = 0
         self._seed = torch.initial_seed() if seed is None else seed

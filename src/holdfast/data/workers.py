@@ -8,14 +8,11 @@ its workers must go on feeding it until it has. PyTorch's workers end at the fir
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import util
-from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 from typing import Any
 
@@ -24,7 +21,6 @@ from torch.utils.data import get_worker_info
 GRACE_S = 60.0  # how long a worker lives after SIGTERM
 _IGNORED = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _HANDLED = (*_IGNORED, signal.SIGTERM)
-_END_S = 2.0  # how long the trainer waits, at its own end, for workers to end before it kills them
 
 
 class WorkerStart:
@@ -32,18 +28,16 @@ class WorkerStart:
 
     Args:
         then: the user's own ``worker_init_fn``.
-        leaving: true, in memory shared with the trainer, once the trainer is on its way out.
     """
 
-    def __init__(self, then: Callable[[int], object] | None, leaving: Any) -> None:
+    def __init__(self, then: Callable[[int], object] | None) -> None:
         self._then = then
-        self._leaving = leaving
 
     def __call__(self, worker: int) -> None:
         """Runs in the worker."""
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGTERM, _live_on_for_a_while)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         info = get_worker_info()
         # A worker_init_fn expects to find the user's dataset there, to shard it. WorkerInfo is frozen.
@@ -51,29 +45,27 @@ class WorkerStart:
         if self._then is not None:
             self._then(worker)
 
-    def _on_term(self, number: int, frame: FrameType | None) -> None:
-        """Live on for a while. The alarm's own action ends the process, even where it is stuck outside of Python."""
-        if self._leaving.value:
-            os._exit(0)  # as PyTorch's own handler does when the trainer ends its workers
-        if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+
+def _live_on_for_a_while(number: int, frame: FrameType | None) -> None:
+    """A worker's answer to SIGTERM. What the alarm does ends the process even where it is stuck outside of Python."""
+    if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
 
 class Workers:
     """The workers of one loader, as the trainer sees them.
 
     A trainer that ends while its workers live ends them with SIGTERM and waits, and they would live on for their time
-    of grace. So it says first that it is leaving; and one that does not go is killed.
+    of grace. So they are killed before that: they only read.
 
     Args:
         init: the user's ``worker_init_fn``.
     """
 
     def __init__(self, init: Callable[[int], object] | None) -> None:
-        self._leaving = RawValue(ctypes.c_bool, False)
         self._processes: list[Any] = []
-        self.start = WorkerStart(init, self._leaving)
+        self.start = WorkerStart(init)
 
     @contextlib.contextmanager
     def being_started(self) -> Iterator[None]:
@@ -87,22 +79,16 @@ class Workers:
     def watch(self, processes: Iterable[Any]) -> None:
         """These are the workers now."""
         self._processes = list(processes)
-        _end_at_exit(self)
+        if self._processes:
+            _end_at_exit(self)
 
     def end(self) -> None:
         """End them; the process is about to end itself."""
-        self._leaving.value = True
         for process in self._processes:
-            if process.is_alive():
-                process.terminate()
-        until_s = time.monotonic() + _END_S
-        for process in self._processes:
-            process.join(max(0.0, until_s - time.monotonic()))
-            if process.is_alive():
-                # PyTorch raises for a worker that was killed; this one is meant to be.
-                with contextlib.suppress(RuntimeError):
-                    process.kill()
-                    process.join()
+            # PyTorch watches its workers, and raises for one that was killed; these are meant to be.
+            with contextlib.suppress(RuntimeError):
+                process.kill()
+                process.join()
 
 
 _started: weakref.WeakSet[Workers] = weakref.WeakSet()
@@ -110,7 +96,7 @@ _registered_in: list[int] = []
 
 
 def _end_at_exit(workers: Workers) -> None:
-    """Before multiprocessing ends its children, which it does without asking how long they take."""
+    """Before multiprocessing ends its children, which waits for them however long they take."""
     _started.add(workers)
     if _registered_in != [os.getpid()]:  # a child begins without the finalizers of its parent
         _registered_in[:] = [os.getpid()]

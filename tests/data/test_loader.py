@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import DataLoader, Subset, get_worker_info
 
 from holdfast.data import ResumableDataLoader
-from holdfast.state.forgotten import forgotten
 
 WORKERS = [0, 1, 2, 3]
 
@@ -263,10 +262,3 @@ def test_samples_are_what_plain_pytorch_collates() -> None:
     assert str(list(ResumableDataLoader(samples, 2))) == str(list(DataLoader(samples, 2)))
     assert str(list(ResumableDataLoader(samples, None))) == str(list(DataLoader(samples, None)))
     assert list(ResumableDataLoader([], 2)) == []
-
-
-def test_a_loader_that_is_not_in_the_state_is_named() -> None:
-    """At the first save, like every other part that would be missed."""
-    loader = ResumableDataLoader([1, 2])
-    alive = forgotten({}).count("ResumableDataLoader")
-    assert alive - forgotten({"loader": loader}).count("ResumableDataLoader") == 1

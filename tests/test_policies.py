@@ -239,6 +239,21 @@ def test_composition_is_flat() -> None:
     assert (w | x) | (y | z) == w | (x | y) | z
 
 
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (Every(steps=5), "Every(steps=5)"),
+        (Every(overhead=0.02, mtbf_hours=24), "Every(overhead=0.02, mtbf_hours=24)"),
+        (Every(steps=5) | Every(minutes=0.5), "Every(steps=5) | Every(minutes=0.5)"),
+        (KeepEvery(epochs=2), "KeepEvery(epochs=2)"),
+        (KeepLast(3) | KeepBest("loss", "min"), "KeepLast(n=3) | KeepBest(metric='loss', mode='min', n=1)"),
+    ],
+)
+def test_policies_are_told_as_they_are_written(policy: Any, text: str) -> None:
+    """In messages: what was not given is not shown."""
+    assert repr(policy) == str(policy) == text
+
+
 WRONG = [
     (Every, "exactly one of steps="),
     (lambda: Every(steps=1, epochs=1), "exactly one of steps="),

@@ -57,11 +57,14 @@ class _SaveOperators:
         return _any_save(other, self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class AnySave(_SaveOperators):
     """Due when any of its policies is."""
 
     policies: tuple[SavePolicy, ...]
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.policies))
 
     def due(self, moment: Moment) -> str | None:
         """The reasons of all that are due."""
@@ -74,7 +77,7 @@ class AnySave(_SaveOperators):
         return min(found, default=None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Every(_SaveOperators):
     """Save at a regular distance; give exactly one of the first four.
 
@@ -117,6 +120,9 @@ class Every(_SaveOperators):
             _check_positive("Every(mtbf_hours=)", self.mtbf_hours, whole=False)
             if self.overhead is None:
                 raise UsageError("Every(mtbf_hours=): it belongs to overhead=: Every(overhead=0.02, mtbf_hours=...).")
+
+    def __repr__(self) -> str:
+        return _as_written(self)
 
     def due(self, moment: Moment) -> str | None:
         """See :class:`SavePolicy`."""
@@ -162,11 +168,14 @@ class _KeepOperators:
         return _any_keep(other, self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class AnyKeep(_KeepOperators):
     """Keeps what any of its policies keeps."""
 
     policies: tuple[Retention, ...]
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.policies))
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> Mapping[str, str]:
         """The union; a checkpoint kept for several reasons has them all."""
@@ -233,7 +242,7 @@ class KeepBest(_KeepOperators):
         return {checkpoint.name: f"best {self.metric}" for checkpoint in best}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class KeepEvery(_KeepOperators):
     """Keep checkpoints at a regular distance for ever; give exactly one of the two.
 
@@ -251,6 +260,9 @@ class KeepEvery(_KeepOperators):
             raise UsageError(f"KeepEvery: expected exactly one of steps= and epochs=, found {given or 'none'}.")
         for name, value in given.items():
             _check_positive(f"KeepEvery({name}=)", value, whole=True)
+
+    def __repr__(self) -> str:
+        return _as_written(self)
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> Mapping[str, str]:
         """See :class:`Retention`."""
@@ -317,6 +329,12 @@ def _any_keep(*policies: Any) -> AnyKeep:
 
 def _fields(policy: Any) -> dict[str, Any]:
     return {name: getattr(policy, name) for name in policy.__dataclass_fields__}
+
+
+def _as_written(policy: Any) -> str:
+    """A policy as its user wrote it."""
+    given = ", ".join(f"{name}={value!r}" for name, value in _fields(policy).items() if value is not None)
+    return f"{type(policy).__qualname__}({given})"
 
 
 def _check_positive(what: str, value: object, *, whole: bool) -> None:

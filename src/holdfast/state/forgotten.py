@@ -34,22 +34,31 @@ def _forgotten(state: Mapping[str, Any]) -> list[str]:
         if kind is Kind.MODULE
         for parameter in value.parameters()
     }
-    everything = gc.get_objects()
+    candidates = _alive(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
     optimizers = {
         id(thing): thing
-        for thing in everything
-        if issubclass(type(thing), torch.optim.Optimizer) and _updates(thing, parameters)
+        for thing in candidates
+        if isinstance(thing, torch.optim.Optimizer) and _updates(thing, parameters)
     }
     found = [_describe(thing) for key, thing in optimizers.items() if key not in included]
     found += [
         _describe(thing)
-        for thing in everything
-        if issubclass(type(thing), torch.optim.lr_scheduler.LRScheduler)
+        for thing in candidates
+        if isinstance(thing, torch.optim.lr_scheduler.LRScheduler)
         and id(thing) not in included
         and id(getattr(thing, "optimizer", None)) in optimizers
     ]
-    found += [_describe(thing) for thing in everything if _is_loose_end(thing) and id(thing) not in included]
+    found += [_describe(thing) for thing in candidates if _is_loose_end(thing) and id(thing) not in included]
     return found
+
+
+def _alive(*kinds: type) -> list[Any]:
+    """Everything of these kinds, and every stateful loader. Classes are looked at first: there are fewer of them."""
+    everything = gc.get_objects()
+    wanted = {
+        kind for kind in set(map(type, everything)) if issubclass(kind, kinds) or kind.__name__ in _STATEFUL_LOADERS
+    }
+    return [thing for thing in everything if type(thing) in wanted] if wanted else []
 
 
 def _included(state: Mapping[str, Any]) -> Iterator[int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _QUIET_STEPS = 50
-_COSTS = 5
+_COSTS = 10
 _MOST_TIMES_SLOWER = 3.0  # beside a save; what takes longer was something else, such as an evaluation
 
 
@@ -26,6 +26,7 @@ class Pace:
         self._clock = clock
         self._quiet_s: deque[float] = deque(maxlen=_QUIET_STEPS)
         self._costs_s: deque[float] = deque(maxlen=_COSTS)
+        self._measured = 0
         self._going_since_s: float | None = None
         self._saved_at_s = clock()
         self._stall_s: float | None = None  # of the save that is being measured
@@ -34,8 +35,11 @@ class Pace:
 
     @property
     def cost_s(self) -> float | None:
-        """What a save takes from the training: the median of the last ones; None before the first was measured."""
-        return statistics.median(self._costs_s) if self._costs_s else None
+        """What a save takes from the training: the mean of the last ten; None before the first was measured.
+
+        The first, which makes memory for the others, counts until there is another.
+        """
+        return statistics.fmean(self._costs_s) if self._costs_s else None
 
     @property
     def since_save_s(self) -> float:
@@ -62,6 +66,9 @@ class Pace:
         self._was_busy = busy
         if self._stall_s is None or busy:
             return False
+        self._measured += 1
+        if self._measured == 2:
+            self._costs_s.clear()
         self._costs_s.append(self._stall_s + self._slower_by_s())
         self._stall_s = None
         return True

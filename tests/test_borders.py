@@ -228,6 +228,19 @@ def test_right_after_a_step_nothing_is_said(
     assert caplog.text == ""
 
 
+def test_a_loader_for_evaluations_is_no_batch_in_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One that was read through since the step, and is in the state too."""
+    validation = ResumableDataLoader(range(4), 2)
+    with (
+        caplog.at_level(logging.WARNING, "holdfast"),
+        Checkpointer(tmp_path / "run", {"validation": validation}) as ckpt,
+    ):
+        ckpt.step()
+        list(validation)
+        ckpt.save()
+    assert caplog.text == ""
+
+
 def preempt(place: str, where: tuple[int, int], leave: bool = False) -> Callable[..., None]:
     """The machine is to be taken away, from one place of the loop on."""
 

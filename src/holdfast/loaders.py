@@ -37,8 +37,9 @@ class Loaders:
         self._loaders = loaders
         for loader in loaders:
             loader.wait_for_end_epoch()
-        self._served_at_step = self._served()
+        self._served_at_step: list[int] = []
         self._warned = False
+        self.note_step()
 
     @classmethod
     def in_state(cls, state: Mapping[str, Any]) -> Loaders:
@@ -59,21 +60,21 @@ class Loaders:
 
     def note_step(self) -> None:
         """What was handed out up to now has been trained on."""
-        self._served_at_step = self._served()
+        self._served_at_step = [loader.served for loader in self._loaders]
 
     def warn_of_batch_in_hand(self, path: str) -> None:
         """Warn, once, when a batch was handed out that no step was told of: a save now would skip it."""
-        in_epoch = any(loader.position for loader in self._loaders)
-        if in_epoch and self._served() != self._served_at_step and not self._warned:
+        in_hand = any(
+            loader.served != noted and loader.position not in (0, _length(loader))  # else it was read through
+            for loader, noted in zip(self._loaders, self._served_at_step, strict=True)
+        )
+        if in_hand and not self._warned:
             self._warned = True
             _logger.warning(
                 "%s: save() between a batch and its step(): whoever resumes from this checkpoint continues behind that "
                 "batch, without having trained on it. Call save() right after step().",
                 path,
             )
-
-    def _served(self) -> int:
-        return sum(loader.served for loader in self._loaders)
 
 
 def _length(loader: Any) -> int | None:

@@ -96,6 +96,14 @@ def test_dead_objects_are_not_missed(model: nn.Module) -> None:
     assert forgotten({"model": model}) == []
 
 
+def test_what_only_a_circle_keeps_is_not_missed(model: nn.Module) -> None:
+    """An optimizer that is gone, and that the collector has not found yet."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.param_groups[0]["circle"] = optimizer
+    del optimizer
+    assert forgotten({"model": model}) == []
+
+
 def test_named_once_at_the_first_save(tmp_path: Path, model: nn.Module) -> None:
     """The warning names object and run; it points at the line that saved; the second save says nothing."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

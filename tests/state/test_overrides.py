@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import holdfast
-from holdfast.errors import UsageError
+from holdfast.errors import CorruptCheckpointError, UsageError
 
 
 def training(lr: float | torch.Tensor = 0.1) -> dict[str, Any]:
@@ -171,6 +171,20 @@ def test_only_some_entries(path: Path) -> None:
     assert rate["lr"] == 7.0
     assert torch.equal(torch.get_rng_state(), generator)
     assert report.restored == 2
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    """Damage in an entry that is not wanted does not matter; in one that is, it does."""
+    state = {"a": torch.ones(3), "b": torch.ones(3)}
+    holdfast.save(tmp_path / "x", state)
+    with (tmp_path / "x" / "b.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+
+    holdfast.restore(tmp_path / "x", state, only=["a"])
+
+    with pytest.raises(CorruptCheckpointError, match="b.safetensors"):
+        holdfast.restore(tmp_path / "x", state, only=["b"])
 
 
 @pytest.mark.parametrize("only", [["modell"], ["model", "ema"], "modell"])

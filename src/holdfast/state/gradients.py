@@ -12,13 +12,11 @@ from holdfast.state.optimizers import ParameterNames
 
 
 def parameters_of(state: Mapping[str, Any], names: ParameterNames) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Each tensor of a state that can have a gradient, once, with all its names, the one used for saving first."""
-    seen = set()
+    """Each tensor of a state that can have a gradient, with all its names, the one used for saving first."""
     for _, value, kind in live_objects(state):
         found = value.parameters() if kind is Kind.MODULE else [value] if kind is None else []
         for tensor in found:
-            if tensor.requires_grad and tensor.is_leaf and id(tensor) not in seen:
-                seen.add(id(tensor))
+            if tensor.requires_grad and tensor.is_leaf:
                 yield names.of(tensor), tensor
 
 

@@ -183,7 +183,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
 
     holdfast.restore(tmp_path / "x", state, only=["a"])
 
-    with pytest.raises(CorruptCheckpointError, match="b.safetensors"):
+    with pytest.raises(CorruptCheckpointError, match=r"b\.safetensors"):
         holdfast.restore(tmp_path / "x", state, only=["b"])
 
 

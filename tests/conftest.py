@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,30 @@ class Trainer:
 def trainer() -> type[Trainer]:
     """Makes a :class:`Trainer` of an example and its arguments, to be used in a block."""
     return Trainer
+
+
+@pytest.fixture(scope="session")
+def in_a_fork() -> Callable[[Callable[[], object]], int]:
+    """How a forked process ends that does some work: 0 when it returned, 42 after Ctrl-C, negative by a signal."""
+
+    def fork(work: Callable[[], object]) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # Python 3.12 warns of threads; so does JAX, where a benchmark has loaded it
+            pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                work()
+                status = 0
+            except KeyboardInterrupt:
+                status = 42
+            finally:
+                os._exit(status)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    return fork
 
 
 class BytesImage:

@@ -7,6 +7,7 @@ import io
 import itertools
 import mmap
 import resource
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -183,3 +184,19 @@ def test_memory_is_private() -> None:
         mode for span, mode in spans if int(span.partition("-")[0], 16) <= address < int(span.partition("-")[2], 16)
     ]
     assert mode == "rw-p"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's advice for forks")
+def test_its_place_stays_taken_in_a_forked_child(in_a_fork: Callable[..., int]) -> None:
+    """What the child maps goes elsewhere: its own copy of the view, let go of, would unmap whatever had come there."""
+    view = memory.allocate(2**23)
+    begin = memory.address_of(view)
+
+    def child() -> None:
+        others = [mmap.mmap(-1, 2**20) for _ in range(64)]
+        assert not [other for other in others if begin <= memory.address_of(other) < begin + 2**23]
+        assert bytes(view[: mmap.PAGESIZE]) == bytes(mmap.PAGESIZE)  # there, and nothing of the parent's
+
+    view[:] = b"x" * 2**23
+    assert in_a_fork(child) == 0
+    assert view[-1] == ord("x")

@@ -8,7 +8,6 @@ its workers must go on feeding it until it has. PyTorch's workers end at the fir
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
 import weakref
@@ -36,8 +35,6 @@ class WorkerStart:
 
     def __call__(self, worker: int) -> None:
         """Runs in the worker."""
-        # What the trainer left for its collector is not the worker's to finalize: threads and handles are not here.
-        gc.freeze()
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _live_on_for_a_while)

@@ -10,10 +10,13 @@ import contextlib
 import ctypes
 import mmap
 import os
+import sys
 
 HUGE_PAGE_BYTES = 2 * 2**20
 _BRIEF_BYTES = 32 * 2**10
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; Python has no name for it
+# Linux 4.14 and 5.14; Python has no names for them.
+_WIPE_ON_FORK = 18
+_POPULATE_WRITE = 23
 
 
 def allocate(nbytes: int) -> memoryview:
@@ -32,11 +35,13 @@ def allocate(nbytes: int) -> memoryview:
     except (OSError, OverflowError) as error:
         raise MemoryError(f"{nbytes} bytes: {error}") from error
     start = -address_of(mapping) % HUGE_PAGE_BYTES if nbytes >= HUGE_PAGE_BYTES else 0
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        # A forked child has no use for it; and after a fork every page that the parent writes would be copied.
-        if hasattr(mmap, advice):
+    # A forked child has no use for it, and after a fork every page that the parent writes would be copied. But the
+    # place stays taken there, which MADV_DONTFORK would free: a child that drops its mapping object unmaps the place,
+    # whatever has come to lie in it.
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _WIPE_ON_FORK if sys.platform == "linux" else None):
+        if advice is not None:
             with contextlib.suppress(OSError):
-                mapping.madvise(getattr(mmap, advice))
+                mapping.madvise(advice)
     view = memoryview(mapping)[start : start + nbytes]
     _populate(mapping, start, nbytes, view)
     return view

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -545,22 +543,7 @@ def test_late_metrics_wait_for_their_checkpoint(tmp_path: Path, disk: Disk) -> N
         assert [(c.step, c.metrics) for c in Run(tmp_path)] == [(2, {"loss": 0.5})]
 
 
-def in_a_fork(work: Callable[[], object]) -> int:
-    """The exit status of a forked process that does ``work``: 0 when it returned."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; they are what is tested
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def test_a_fork_during_a_save(tmp_path: Path, disk: Disk) -> None:
+def test_a_fork_during_a_save(tmp_path: Path, disk: Disk, in_a_fork: Callable[..., int]) -> None:
     """A child, such as a loader's worker, cannot save, never hangs, and leaves the run to its parent."""
 
     def child() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -313,8 +312,7 @@ def test_the_hooks_go_with_the_block(tmp_path: Path) -> None:
     assert len(optimizer._optimizer_step_pre_hooks) == 0
 
 
-@pytest.mark.filterwarnings("ignore:os.fork.. was called")  # JAX says so, where another test has imported it
-def test_a_forked_child_does_not_wait(tmp_path: Path, copying: Copying) -> None:
+def test_a_forked_child_does_not_wait(tmp_path: Path, copying: Copying, in_a_fork: Callable[..., int]) -> None:
     """The thread that copies is not in the child; its optimizer steps on the child's own memory."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -322,14 +320,6 @@ def test_a_forked_child_does_not_wait(tmp_path: Path, copying: Copying) -> None:
         ckpt.step()
         ckpt.save()
         assert copying.begun.wait(WAIT_S)
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                optimizer.step()
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert in_a_fork(optimizer.step) == 0
         copying.go_on.set()
     assert len(list(Run(tmp_path))) == 1

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -19,6 +17,7 @@ from torch.utils.data._utils import worker
 from holdfast.preemption.signals import Signals
 
 Handler = Callable[[int, FrameType | None], Any]
+Fork = Callable[[Callable[[], object]], int]
 
 
 @pytest.fixture(autouse=True)
@@ -198,25 +197,8 @@ def test_nothing_to_listen_to_off_the_main_thread(told: list[str], caplog: pytes
 # ------------------------------------------------------------------------------------------------------ forked children
 
 
-def in_a_fork(work: Callable[[], object]) -> int:
-    """How a forked process ends that does ``work``: 0 when it returned, negative when a signal killed it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python 3.12 warns of threads; so does JAX, where a benchmark has loaded it
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except KeyboardInterrupt:
-            status = 42
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_child_is_killed_as_ever(told: list[str], number: signal.Signals) -> None:
+def test_a_child_is_killed_as_ever(told: list[str], number: signal.Signals, in_a_fork: Fork) -> None:
     """The default action is taken, and the parent goes on listening."""
     signals = listen(told, number)
     assert in_a_fork(lambda: signal.raise_signal(number)) == -number
@@ -225,14 +207,14 @@ def test_a_child_is_killed_as_ever(told: list[str], number: signal.Signals) -> N
     assert told == [number.name]
 
 
-def test_a_child_is_interrupted_as_ever(told: list[str]) -> None:
+def test_a_child_is_interrupted_as_ever(told: list[str], in_a_fork: Fork) -> None:
     """By the first SIGINT."""
     signals = listen(told, signal.SIGINT)
     assert in_a_fork(lambda: signal.raise_signal(signal.SIGINT)) == 42
     signals.restore()
 
 
-def test_a_child_has_the_earlier_handlers(told: list[str]) -> None:
+def test_a_child_has_the_earlier_handlers(told: list[str], in_a_fork: Fork) -> None:
     """They are called there, and nobody is told."""
     signal.signal(signal.SIGUSR1, recorder(told, "earlier"))
     signals = listen(told, signal.SIGUSR1)
@@ -254,7 +236,7 @@ WORKER_SIGNALS = [
 
 
 @pytest.mark.parametrize(("number", "status"), WORKER_SIGNALS)
-def test_a_loader_worker(told: list[str], number: signal.Signals, status: int) -> None:
+def test_a_loader_worker(told: list[str], number: signal.Signals, status: int, in_a_fork: Fork) -> None:
     """It ignores what is meant for the trainer; SIGTERM ends it."""
     signals = listen(told, number)
 
@@ -266,7 +248,7 @@ def test_a_loader_worker(told: list[str], number: signal.Signals, status: int) -
     signals.restore()
 
 
-def test_a_loader_worker_that_has_just_begun(told: list[str]) -> None:
+def test_a_loader_worker_that_has_just_begun(told: list[str], in_a_fork: Fork) -> None:
     """Before it has set itself up it is a worker already."""
     signals = listen(told, signal.SIGUSR1)
 

@@ -18,6 +18,7 @@ from holdfast.data.fetching import BatchKey
 from holdfast.data.places import Cursor, logger, mismatch
 from holdfast.data.seeding import PrivateGlobals, spell
 from holdfast.errors import StateMismatchError
+from holdfast.state.kinds import is_stateful
 from holdfast.state.rng import GENERATOR_TYPES, generator_mismatch, generator_state, restore_generator
 
 _END = object()
@@ -199,11 +200,7 @@ class _Parts:
             restore_generator(generator, state["generators"][path])
 
     def _stateful(self) -> dict[str, Any]:
-        return {
-            path: sampler
-            for path, sampler in self._samplers.items()
-            if callable(getattr(sampler, "state_dict", None)) and callable(getattr(sampler, "load_state_dict", None))
-        }
+        return {path: sampler for path, sampler in self._samplers.items() if is_stateful(sampler)}
 
     def _generators(self) -> dict[str, Any]:
         return {

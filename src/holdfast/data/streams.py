@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from holdfast.data.fetching import Collate
 from holdfast.data.seeding import seed_globals, undisturbed
+from holdfast.state.kinds import is_stateful
 
 _END = object()
 
@@ -141,12 +142,8 @@ class StreamDataset(Dataset[Any]):
     def _state(self) -> dict[str, Any] | None:
         """What the dataset, its iterator, or both say; copied, since they may go on with the dictionary they gave."""
         state = {}
-        if _is_stateful(self._iterator):
+        if is_stateful(self._iterator):
             state["iterator"] = copy.deepcopy(self._iterator.state_dict())  # type: ignore[attr-defined]
-        if _is_stateful(self.dataset) and self.dataset is not self._iterator:
+        if is_stateful(self.dataset) and self.dataset is not self._iterator:
             state["dataset"] = copy.deepcopy(self.dataset.state_dict())
         return state or None
-
-
-def _is_stateful(value: object) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from holdfast.state.kinds import Kind, kind_of, live_objects
+from holdfast.state.kinds import Kind, kind_of, live_objects, with_parts
 
 _STATEFUL_LOADERS = ("StatefulDataLoader", "ResumableDataLoader")  # torchdata's, and holdfast.data's
 
@@ -63,14 +63,7 @@ def _alive(*kinds: type) -> list[Any]:
 
 def _included(state: Mapping[str, Any]) -> Iterator[int]:
     for _, value, _ in live_objects(state):
-        yield from _with_parts(value)
-
-
-def _with_parts(value: Any) -> Iterator[int]:
-    """An object and those whose state is part of its own: a sequence of schedulers saves each of them."""
-    yield id(value)
-    for part in getattr(value, "_schedulers", ()):
-        yield from _with_parts(part)
+        yield from map(id, with_parts(value))
 
 
 def _updates(optimizer: Any, parameters: set[int]) -> bool:

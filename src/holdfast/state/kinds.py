@@ -41,9 +41,19 @@ def kind_of(value: object) -> Kind | None:
         return Kind.SCHEDULER
     if isinstance(value, GENERATOR_TYPES):
         return Kind.GENERATOR
-    if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
-        return Kind.STATEFUL
-    return None
+    return Kind.STATEFUL if is_stateful(value) else None
+
+
+def is_stateful(value: object) -> bool:
+    """Whether an object gives its state and takes it back."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def with_parts(value: Any) -> Iterator[Any]:
+    """An object and those whose state is part of its own: a sequence of schedulers saves each of them."""
+    yield value
+    for part in getattr(value, "_schedulers", ()):
+        yield from with_parts(part)
 
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from holdfast.errors import UsageError
-from holdfast.state.kinds import Kind, kind_of, live_objects
+from holdfast.state.kinds import Kind, kind_of, live_objects, with_parts
 from holdfast.state.optimizers import install_options
 
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[([0-9]+)\]")
@@ -128,13 +128,7 @@ def _schedulers_of(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -
     """The schedulers of a state that drive ``optimizer``, those inside of others too."""
     for _, scheduler, kind in live_objects(state):
         if kind is Kind.SCHEDULER:
-            yield from (part for part in _with_parts(scheduler) if getattr(part, "optimizer", None) is optimizer)
-
-
-def _with_parts(scheduler: Any) -> Iterator[Any]:
-    yield scheduler
-    for part in getattr(scheduler, "_schedulers", ()):
-        yield from _with_parts(part)
+            yield from (part for part in with_parts(scheduler) if getattr(part, "optimizer", None) is optimizer)
 
 
 def _scale_rates(

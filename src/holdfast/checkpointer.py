@@ -113,7 +113,6 @@ class Checkpointer:
         self._training = Training(state, config, self.run.path)
         self._save_policy = save
         self._keeper = Keeper(self.run, keep)
-        self._keep_policy = keep
         self._resume = resume if isinstance(resume, Resume) else Resume(resume)
         self._writing = Writing(background, overlap, when_busy, share_unchanged, drain_s)
         self._preemption = PreemptionWatch(preemption, self.run)
@@ -166,11 +165,12 @@ class Checkpointer:
             for name in self.run.store.clean():
                 _logger.info("removed %s, left by a save that did not end", os.path.join(self.run.path, name))
             self._continue()
-            self._preemption.begin(self.resumed_from)
+            self._writer = self._new_writer()
+            self._preemption.begin(self.resumed_from)  # last: nothing that fails after it would undo it
         except BaseException:
+            self._writer = None
             self.run.store.release()
             raise
-        self._writer = self._new_writer()
         if self.resumed_from is not None:
             self._warm_up(self._writer)
         self._pid = os.getpid()
@@ -418,7 +418,7 @@ class Checkpointer:
     # -------------------------------------------------------------------------------------------------- resuming
 
     def _continue(self) -> None:
-        resumed = resume_run(self.run, self._training.state, self._resume, self._keep_policy)
+        resumed = resume_run(self.run, self._training.state, self._resume, self._keeper.policy)
         self._run_id = resumed.run_id or secrets.token_hex(16)
         self._resumed_own = resumed.run_id is not None
         self.resumed_from = resumed.checkpoint

@@ -25,23 +25,23 @@ class Keeper:
 
     def __init__(self, run: Run, policy: Retention) -> None:
         self._run = run
-        self._policy = policy
+        self.policy = policy
         self._told_of_no_candidates = False
 
     def check(self, metrics: Mapping[str, Any]) -> None:
         """Refuse metrics without one that the policy ranks by."""
-        for name in ranking_metrics(self._policy):
+        for name in ranking_metrics(self.policy):
             if name not in metrics:
                 given = ", ".join(metrics) or "none"
                 raise MissingMetricError(
-                    f"end_epoch: {self._policy} ranks checkpoints by {name!r}, but the metrics given are: "
+                    f"end_epoch: {self.policy} ranks checkpoints by {name!r}, but the metrics given are: "
                     f"{given}. Pass it: end_epoch({{{name!r}: value}}).",
                     key=name,
                 )
 
     def retain(self, checkpoint: Checkpoint) -> None:
         """Remove what is not kept. Only after a commit: nothing goes before its successor is durable."""
-        report = self._run.prune(self._policy, protect=[checkpoint.name])
+        report = self._run.prune(self.policy, protect=[checkpoint.name])
         for removed in report.removed:
             _logger.debug("removed %s", removed.path)
         self._run.store.clean()
@@ -57,12 +57,12 @@ class Keeper:
         """
         if last is not None and last.step == step and not last.failed():
             self.retain(self._run.add_metrics(last.result(), metrics))
-        elif ranking_metrics(self._policy) and not self._told_of_no_candidates:
+        elif ranking_metrics(self.policy) and not self._told_of_no_candidates:
             self._told_of_no_candidates = True
             _logger.warning(
                 "%s: nothing was saved at the end of epoch %d, so its metrics belong to no checkpoint and %s cannot "
                 "choose it. Add Every(epochs=1) to save=.",
                 self._run.path,
                 epoch,
-                self._policy,
+                self.policy,
             )

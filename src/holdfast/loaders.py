@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from holdfast.state.kinds import live_objects
@@ -38,8 +38,10 @@ class Loaders:
         for loader in loaders:
             loader.wait_for_end_epoch()
         self._served_at_step: list[int] = []
+        self._lengths: list[int | None] = []  # a sampler may have to count, so not at every step
         self._warned = False
         self.note_step()
+        self._note_lengths()
 
     @classmethod
     def in_state(cls, state: Mapping[str, Any]) -> Loaders:
@@ -53,10 +55,11 @@ class Loaders:
         """The loop ended its epoch."""
         for loader in self._loaders:
             loader.end_epoch()
+        self._note_lengths()
 
-    def at_end(self) -> bool:
-        """Whether one of them has handed out the last batch of its epoch, as far as it knows how many there are."""
-        return any(loader.position and loader.position == _length(loader) for loader in self._loaders)
+    def reached_end(self) -> bool:
+        """Whether one has handed out the last batch of its epoch since the last step, as far as it knows how many."""
+        return any(place == length for place, length in self._read_since_step())
 
     def note_step(self) -> None:
         """What was handed out up to now has been trained on."""
@@ -64,10 +67,8 @@ class Loaders:
 
     def warn_of_batch_in_hand(self, path: str) -> None:
         """Warn, once, when a batch was handed out that no step was told of: a save now would skip it."""
-        in_hand = any(
-            loader.served != noted and loader.position not in (0, _length(loader))  # else it was read through
-            for loader, noted in zip(self._loaders, self._served_at_step, strict=True)
-        )
+        # At the beginning or the end of its data, a loader was read through: not a batch, but an evaluation.
+        in_hand = any(place not in (0, length) for place, length in self._read_since_step())
         if in_hand and not self._warned:
             self._warned = True
             _logger.warning(
@@ -76,9 +77,18 @@ class Loaders:
                 path,
             )
 
+    def _read_since_step(self) -> Iterator[tuple[int, int | None]]:
+        """Position and length of those that handed out batches since the last step."""
+        for loader, noted, length in zip(self._loaders, self._served_at_step, self._lengths, strict=True):
+            if loader.served != noted:
+                yield loader.position, length
+
+    def _note_lengths(self) -> None:
+        self._lengths = [_length(loader) for loader in self._loaders]
+
 
 def _length(loader: Any) -> int | None:
     try:
         return len(loader)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None

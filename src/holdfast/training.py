@@ -10,6 +10,7 @@ from typing import Any
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.config import ConfigChange, config_changes, decode_config, encode_config
+from holdfast.format import tree
 from holdfast.format.names import CONFIG_ENTRY, LOOP_ENTRY
 from holdfast.loaders import Loaders
 from holdfast.progress import Progress
@@ -68,9 +69,9 @@ class Training:
             self.progress.count_batch()
         else:
             self.progress.count_step()
-        self._loaders.note_step()
-        wanted = self._was_asked_in_evaluations or self._loaders.at_end()
+        wanted = self._was_asked_in_evaluations or self._loaders.reached_end()
         self._generators = capture_global() if wanted else None
+        self._loaders.note_step()
 
     def count_epoch(self) -> None:
         """An epoch ended, and whatever comes belongs to the next one."""
@@ -89,9 +90,10 @@ class Training:
         return f"{into} (unless something in the state knows the position in the data, the epoch starts over)"
 
     def _compare_config(self, checkpoint: Checkpoint) -> None:
-        if self._config is None or checkpoint.config is None:
+        saved = checkpoint.config
+        if self._config is None or saved is None:
             return
-        self.config_changes = config_changes(checkpoint.config, decode_config(self._config))
+        self.config_changes = config_changes(saved, decode_config(self._config))
         if self.config_changes:
             changes = "\n".join(f"  {change}" for change in self.config_changes)
             _logger.warning("%s: the configuration changed since %s:\n%s", self._path, checkpoint.name, changes)
@@ -102,7 +104,8 @@ class Training:
         """Everything, as it is now; within :meth:`evaluating` with the generators of the last step."""
         generators = self._generators if self._evaluates and self._generators is not None else True
         captured = capture(self.state, generators=generators, gradients=self.progress.accumulated > 0)
-        captured[LOOP_ENTRY] = CapturedEntry(encode_config(self.progress.entry()), {}, {})
+        loop = tree.encode(self.progress.entry(), LOOP_ENTRY, tree.OpaqueLeaves())
+        captured[LOOP_ENTRY] = CapturedEntry(loop, {}, {})
         if self._config is not None:
             captured[CONFIG_ENTRY] = CapturedEntry(self._config, {}, {})
         return captured

@@ -17,7 +17,6 @@ from holdfast.audit import records
 from holdfast.audit.records import Failure, Job, Outcome
 from holdfast.errors import AuditError, UsageError
 
-LOG = ".log"
 INSIDE = "HOLDFAST_AUDIT"
 """Set in the processes of an audit, so that a module that audits when it is imported is told so."""
 
@@ -34,7 +33,7 @@ class Interpreter:
     """
 
     def __init__(self, directory: str, name: str, variables: dict[str, str] | None = None) -> None:
-        self._stderr = os.path.join(directory, f"{name}{LOG}")
+        self._stderr = os.path.join(directory, f"{name}{records.LOG}")
         with open(self._stderr, "wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "holdfast.audit.worker"],
@@ -101,7 +100,7 @@ def _outcome(job: Job, code: int) -> Outcome:
         return records.read(job.outcome, Outcome)
     except (FileNotFoundError, msgspec.DecodeError):
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        log = _tail(job.outcome + LOG)
+        log = _tail(job.outcome + records.LOG)
         return Outcome(failure=Failure(False, f"the {job.part}", f"its process {how}", log))
 
 

@@ -10,6 +10,9 @@ import msgspec
 Part = Literal["whole", "first half", "second half"]
 Structure = TypeVar("Structure")
 
+LOG = ".log"
+"""What the user's code prints goes to a file beside the outcome, whose name ends so."""
+
 
 class Where(msgspec.Struct, frozen=True):
     """Where a function is found again by another process.

@@ -22,7 +22,6 @@ import torch
 from holdfast.audit import part, records
 from holdfast.audit.records import Job
 
-LOG = ".log"
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")
 
 
@@ -58,7 +57,7 @@ def _run_job(file: str, python_generator: tuple[Any, ...]) -> None:
     # training without a seed can be audited too: what is asked is whether the resumed one goes on as the first would.
     random.setstate(python_generator)
     job = records.read(file, Job)
-    log = os.open(job.outcome + LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    log = os.open(job.outcome + records.LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for descriptor in (1, 2):
         sys.stdout.flush()
         os.dup2(log, descriptor)

@@ -108,7 +108,8 @@ class PreemptionWatch:
             self._flag = Flag(self._config.grace_seconds, self._clock)
             self._left = self._ended = False
         self._newest = resumed_from
-        if resumed_from is not None:
+        if resumed_from is not None and (self._config.grace_seconds is not None or self._config.asked):
+            # How long saves take matters only where there may be a deadline; and a long run has a long log.
             self._times = SaveTimes(self._run.events())
             self._warn_of_slow_saves()
         if self._config.requeue and not slurm.in_job():

@@ -373,6 +373,8 @@ def open_checkpoint(store: Store, name: str, *, whole: bool = True) -> Checkpoin
             checkpoint = Checkpoint(store, name, head, _read_annotations(stored), data)
             if whole or structure_damage(stored, head):
                 damage = structure_damage(stored, checkpoint.manifest)  # names the tensors too
+                if damage and not stored.is_current():
+                    raise CheckpointNotFoundError(f"{path} was removed while it was looked at.", path=path)
                 if damage:
                     raise CorruptCheckpointError.at(path, damage, head.step)
             return checkpoint

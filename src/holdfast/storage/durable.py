@@ -259,7 +259,7 @@ def replace_file(directory: Descriptor, name: str, staged: str, data: bytes) -> 
     """Replace ``name`` by a file with ``data``, atomically and durably; ``staged`` is the name it waits under."""
     try:
         write_file(directory, staged, data)
-        os.rename(staged, name, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
+        _rename(directory, staged, name)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(staged, dir_fd=directory.fd)
@@ -277,7 +277,7 @@ def publish(parent: Descriptor, name: str, final: str) -> None:
     if exists(parent, final):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), final)
     try:
-        os.rename(name, final, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
+        _rename(parent, name, final)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), final) from error
@@ -290,9 +290,8 @@ def exchange(parent: Descriptor, one: str, other: str) -> bool:
 
 
 def move_aside(parent: Descriptor, name: str, aside: str) -> None:
-    """Rename ``name`` to ``aside``, durably."""
-    os.rename(name, aside, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
-    sync_directory(parent)
+    """Rename ``name`` to ``aside``. Not yet durable."""
+    _rename(parent, name, aside)
 
 
 def exists(parent: Descriptor, name: str) -> bool:
@@ -302,6 +301,10 @@ def exists(parent: Descriptor, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _rename(directory: Descriptor, old: str, new: str) -> None:
+    os.rename(old, new, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
 
 
 def _renameat2(parent: Descriptor, old: str, new: str, flags: int) -> bool:

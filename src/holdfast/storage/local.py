@@ -114,6 +114,15 @@ class LocalCheckpoint:
         self.path = path
         self._directory = directory
 
+    def is_current(self) -> bool:
+        """Whether it still stands under its name."""
+        parent, name = os.path.split(self.path)
+        try:
+            with durable.open_directory(parent) as above:
+                return durable.is_same_directory(self._directory, above, name)
+        except FileNotFoundError:
+            return False
+
     def names(self) -> list[str]:
         """The files it holds, listed or not."""
         return os.listdir(self._directory.fd)
@@ -196,7 +205,6 @@ class LocalPending:
             aside = aside_name(name, secrets.token_hex(8))
             if durable.exchange(self._parent, self._name, name):
                 self._committed = True
-                durable.sync_directory(self._parent)
                 durable.move_aside(self._parent, self._name, aside)
             else:
                 durable.move_aside(self._parent, name, aside)
@@ -206,7 +214,7 @@ class LocalPending:
                     durable.publish(self._parent, aside, name)
                     raise
                 self._committed = True
-                durable.sync_directory(self._parent)
+            durable.sync_directory(self._parent)
             _discard(self._parent, aside)
             self._close()
 
@@ -302,6 +310,7 @@ class LocalStore:
                     return False
                 trash = trash_name(name, secrets.token_hex(8))
                 durable.move_aside(parent, name, trash)
+                durable.sync_directory(parent)
                 _remove_rest(parent, trash, directory)
                 return True
 

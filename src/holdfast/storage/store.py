@@ -38,6 +38,9 @@ class StoredCheckpoint(Protocol):
     def lock(self) -> None:
         """Keep others from removing it while it is open."""
 
+    def is_current(self) -> bool:
+        """Whether it still stands under its name: it is removed from there before any of its files goes."""
+
     def names(self) -> list[str]:
         """The files it holds, listed or not."""
 

@@ -1,0 +1,95 @@
+"""The processes under test: forks of this one, which imports what they need and does nothing else.
+
+    python tests/torture/lab/serve.py SOCKET
+
+Each line on standard input is an order, a JSON object: ``{"workload": "retention", "directory": "/tmp/x"}``. For each, a
+process connects to SOCKET, prepares the directory, says that it is ready, and begins when that is answered. When it has
+ended, a line on standard output gives its exit status. ``"fault"`` names a function of ``lab.faults`` and its arguments,
+called between preparation and beginning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lab import faults
+from lab.judge import RunJudge
+from lab.marks import DONE, FAILED, READY, Mark, Marks, Promises
+from lab.workloads import WORKLOADS
+
+PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, -1
+
+
+def main() -> None:
+    """Take orders until there are no more."""
+    _warm_up()
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_run(order, sys.argv[1]))
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps({"status": status}), flush=True)
+
+
+def _warm_up() -> None:
+    """Import what is imported late, so that the processes make no system calls for it."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stderr(nowhere):
+            for workload in WORKLOADS.values():
+                if workload.name == "save beside others":
+                    path = Path(directory) / "run"
+                    workload.prepare(path, _Mute())
+                    RunJudge().problems(path, Promises())
+
+
+class _Mute(Marks):
+    """Says nothing to nobody."""
+
+    def __init__(self) -> None:
+        pass
+
+    def say(self, mark: Mark) -> None:
+        """Nothing."""
+
+
+def _run(order: dict[str, Any], address: str) -> int:
+    """One process under test; returns its exit status."""
+    # Whoever watches is no ancestor of this process, which some systems ask for.
+    ctypes.CDLL(None).prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(address)
+    marks = Marks(connection, multiprocessing.get_context("fork").Lock())
+    workload = WORKLOADS[order["workload"]]
+    directory = Path(order["directory"])
+    try:
+        if not order.get("prepared"):
+            workload.prepare(directory, marks)
+        os.sync()
+        fault = order.get("fault")
+        if fault is not None:
+            getattr(faults, fault[0])(directory, *fault[1:])
+        marks.say(Mark(READY, seed=os.getpid()))
+        workload.act(directory, marks)
+        marks.say(Mark(DONE))
+    except BaseException as error:  # noqa: BLE001 - whoever watches is told
+        with contextlib.suppress(OSError, EOFError):
+            marks.say(Mark(FAILED, f"{type(error).__name__}: {error}"))
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,7 @@ import pytest
 import xxhash
 from hypothesis import HealthCheck, settings
 
+from holdfast.errors import Damage
 from holdfast.format import manifest as manifests
 from holdfast.format.manifest import FileRecord
 
@@ -168,6 +170,60 @@ def rechunk(record_of: Callable[[bytes, int], FileRecord]) -> Callable[[Path, in
         (path / "manifest.json").write_bytes(manifests.encode(changed))
 
     return change
+
+
+class Layout:
+    """Where the tensors of an intact checkpoint lie, read from its files by nothing but the format's definition."""
+
+    def __init__(self, path: Path) -> None:
+        self.manifest = json.loads((path / "manifest.json").read_bytes())["manifest"]
+        self._extents = {name: self._read(path / name) for name in self.manifest["files"]}
+
+    @staticmethod
+    def _read(file: Path) -> dict[str, tuple[int, int]]:
+        """By tensor, where its bytes begin and end in a file."""
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length)) if file.suffix == ".safetensors" else {}
+        header.pop("__metadata__", None)
+        first = 8 + length
+        return {
+            name: (first + begin, first + end)
+            for name, (begin, end) in ((n, h["data_offsets"]) for n, h in header.items())
+        }
+
+    def tensors(self, file: str, begin: int | None = None, end: int = 0) -> tuple[str, ...]:
+        """The tensors of a file, or those with bytes from ``begin`` to ``end``, as ``entry/name``."""
+        own = re.sub(r"(-[0-9]{5}-of-[0-9]{5})?\.safetensors\Z", "", file)
+        found = [
+            name
+            for name in self.manifest["tensors"].get(own, {})
+            if name in self._extents[file]
+            and (begin is None or max(begin, self._extents[file][name][0]) < min(end, self._extents[file][name][1]))
+        ]
+        return tuple(f"{own}/{name}" for name in found)
+
+    def chunk_of(self, file: str, place: int) -> int:
+        """The chunk in which a byte of a file lies."""
+        return int(place // self.manifest["files"][file]["chunk_bytes"])
+
+    def damage_of(self, file: str, chunk: int) -> Damage:
+        """What is to be said of a chunk whose bytes changed."""
+        record = self.manifest["files"][file]
+        begin = chunk * record["chunk_bytes"]
+        end = min(begin + record["chunk_bytes"], record["bytes"])
+        what = f"bytes {begin} to {end} differ from what was written"
+        return Damage(file, what, chunk=chunk, tensors=self.tensors(file, begin, end))
+
+    def damage_at(self, file: str, place: int) -> Damage:
+        """What is to be said of one changed byte."""
+        return self.damage_of(file, self.chunk_of(file, place))
+
+
+@pytest.fixture(scope="session")
+def layout_of() -> type[Layout]:
+    """What tells what is to be said of damage: ``layout_of(path)``, of the checkpoint while it is intact."""
+    return Layout
 
 
 @pytest.fixture

@@ -370,6 +370,7 @@ def open_checkpoint(store: Store, name: str, *, whole: bool = True) -> Checkpoin
         try:
             data = _read_manifest(stored)
             head = _decode_head(data, path)
+            _check_step(name, head, path)
             checkpoint = Checkpoint(store, name, head, _read_annotations(stored), data)
             if whole or structure_damage(stored, head):
                 damage = structure_damage(stored, checkpoint.manifest)  # names the tensors too
@@ -439,6 +440,24 @@ def _decode_head(data: bytes, path: str) -> Head:
         raise
     except ValueError as error:
         raise CorruptCheckpointError.at(path, [Damage(MANIFEST, str(error))]) from error
+
+
+def _check_step(name: str, head: Head, path: str) -> None:
+    """Refuse the checkpoint of one step under the name of another: a run orders its checkpoints by their names.
+
+    Generations are not compared: a manifest does not know its own, and a checkpoint under another is still of its step.
+    """
+    named = CheckpointName.parse(name)
+    if named is not None and named.step != head.step:
+        what = f"is that of step {head.step}, in a directory named for step {named.step}"
+        raise CorruptCheckpointError(
+            f"{path} is damaged: {MANIFEST} {what}. If the directory was copied or renamed, name it "
+            f"{CheckpointName(head.step)} (or with .g2, .g3 where that is taken); if the manifest is from another "
+            "checkpoint, restore it from a copy.",
+            damage=[Damage(MANIFEST, what)],
+            path=path,
+            step=head.step,
+        )
 
 
 def _read_annotations(stored: StoredCheckpoint) -> Annotations:

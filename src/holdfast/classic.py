@@ -17,7 +17,7 @@ import torch
 
 from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
 from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, HoldfastError, UsageError
-from holdfast.format.names import MANIFEST
+from holdfast.format.names import MANIFEST, CheckpointName
 from holdfast.loading import load, restore
 from holdfast.saving import About, write
 from holdfast.state.capture import capture
@@ -157,7 +157,8 @@ def _replace(state: Mapping[str, Any], path: str | os.PathLike[str], epoch: obje
             path=absolute,
         )
     captured = capture(state)
-    about = About(step=0, epoch=epoch if isinstance(epoch, int) and epoch >= 0 else 0)
+    named = CheckpointName.parse(name)  # what a run calls a step is the checkpoint of that step
+    about = About(step=named.step if named else 0, epoch=epoch if isinstance(epoch, int) and epoch >= 0 else 0)
     saved = write(store, captured, about, [name], replace=occupied)
     store.clean()
     return saved

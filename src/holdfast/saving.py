@@ -23,7 +23,7 @@ from holdfast.errors import CheckpointExistsError, UsageError
 from holdfast.format import manifest as manifests
 from holdfast.format import tree
 from holdfast.format.manifest import FileRecord, Manifest
-from holdfast.format.names import check_step
+from holdfast.format.names import CheckpointName, check_step
 from holdfast.state.capture import CapturedEntry, capture
 from holdfast.state.plan import Plan, Planner
 from holdfast.state.staging import LiveFile, Staging
@@ -76,7 +76,7 @@ def save(
     Raises:
         CheckpointExistsError: there is something at ``path``.
         UnsupportedValueError: a value cannot be written exactly; nothing was written.
-        UsageError: a name, step, epoch or metric is out of its range.
+        UsageError: a name, step, epoch or metric is out of its range, or ``path`` is what a run calls another step.
         StorageError, DiskFullError: the file system refused; nothing is left at ``path``.
     """
     absolute = os.path.abspath(os.fspath(path))
@@ -86,7 +86,20 @@ def save(
             path=absolute,
         )
     about = About(step, epoch, encode_metrics(metrics))
-    return write(LocalStore(os.path.dirname(absolute)), capture(state), about, [os.path.basename(absolute)])
+    directory, name = os.path.split(absolute)
+    _check_name(name, step)
+    return write(LocalStore(directory), capture(state), about, [name])
+
+
+def _check_name(name: str, step: int) -> None:
+    """Refuse the name that a run gives to another step: what is saved there could not be opened."""
+    named = CheckpointName.parse(name)
+    if named is not None and named.step != step:
+        raise UsageError(
+            f"{name} is what a run calls a checkpoint of step {named.step}; found step={step}. Give step={named.step}, "
+            "or choose a name of your own.",
+            key="step",
+        )
 
 
 def encode_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:

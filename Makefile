@@ -7,11 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 # Arguments for the programs behind the targets: make test PYTEST_ARGS="-x tests/format", make bench BENCH_ARGS=--help
 PYTEST_ARGS ?=
+# How many processes the tests run in.
+JOBS ?= logical
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 
+TESTS = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CODE := $(wildcard src tests examples benchmarks)
-TYPED := $(wildcard src/holdfast examples benchmarks)
+TYPED := $(wildcard src/holdfast examples benchmarks tests/torture/lab)
 # The folders too: their times change when a file is added, removed or renamed.
 SOURCES := $(shell find src \( -type f -o -type d \) -not -path '*/__pycache__*')
 
@@ -26,7 +29,7 @@ demo: $(VENV)/.wheel ## train on real data, kill the training again and again, r
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.wheel ## the tests, against the wheel that users would install
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(TESTS) $(PYTEST_ARGS)
 
 check: $(VENV)/.wheel ## lint, format, types, and the floors of the house
 	@$(BIN)/python -m ruff check --quiet --output-format concise $(CODE)
@@ -40,7 +43,7 @@ bench: $(VENV)/.wheel $(VENV)/.bench ## the benchmarks (BENCH_ARGS=--help lists 
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 torture: $(VENV)/.wheel ## the tests with all their rounds; takes long
-	@HOLDFAST_TORTURE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@HOLDFAST_TORTURE=1 $(TESTS) $(PYTEST_ARGS)
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -38,6 +38,25 @@ settings.register_profile(
 settings.load_profile("torture" if TORTURE else "default")
 
 
+COUNTED = "count: "
+"""What a test records under such a name is added up and shown: ``record_property("count: bits flipped", 900)``."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show how much was tried, in numbers."""
+    counts: dict[str, int] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name.startswith(COUNTED) and getattr(report, "when", "") == "call":
+                    what = name.removeprefix(COUNTED)
+                    counts[what] = counts.get(what, 0) + value
+    if counts:
+        terminalreporter.section("tried")
+        for what, number in sorted(counts.items()):
+            terminalreporter.write_line(f"{number:>12,} {what}")
+
+
 @pytest.fixture(scope="session")
 def count() -> Callable[[int, int], int]:
     """How many rounds to run: ``count(default, full)`` is ``full`` in `make torture`."""

@@ -336,8 +336,7 @@ class LocalStore:
             if parse_aside(candidate) == name:
                 with contextlib.suppress(OSError), self._parent() as parent:
                     durable.publish(parent, candidate, name)
-                    durable.sync_directory(parent)
-                    return True
+                    return True  # durable or not: after a crash it is brought back again
         return False
 
     def hold(self) -> None:

@@ -29,7 +29,7 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How far the kernel got: which changes of names, and of each file how many changes of each block and of its length.
+    """How far the kernel got: which changes of names, and how many of each block of a file and of its length.
 
     Attributes:
         names: indexes into the pending changes of names.
@@ -226,7 +226,9 @@ class Durable:
         share = chance.choice((0.1, 0.5, 0.5, 0.9))
         names = {index for index in range(len(self.names)) if chance.random() < share}
         blocks = {
-            (file, block): chance.randint(0, len(writes)) if chance.random() < 0.2 else len(writes)
+            (file, block): chance.randint(0, len(writes))
+            if chance.random() < 0.2
+            else len(writes)
             if chance.random() < share
             else 0
             for file, pending in self.pending.items()

@@ -125,6 +125,7 @@ class Recorder:
 
     Args:
         root: the directory that is watched; what happens elsewhere is left out.
+        root_name: what it is called in the calls, where that differs.
 
     Attributes:
         before: what was in it when this was made.
@@ -132,11 +133,11 @@ class Recorder:
         events: what happened since.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, root_name: str | None = None) -> None:
         self.events: list[Event] = []
         self.tree = scan(root)
         self.before = Snapshot.of(self.tree)
-        self._root = str(root)
+        self._root = str(root) if root_name is None else root_name
         self._positions: dict[tuple[int, int], int] = {}  # by node and descriptor
         self._appending: set[tuple[int, int]] = set()
 

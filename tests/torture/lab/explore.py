@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lab.crashes import Crash, crashes
 from lab.disk import Event, Recorder, Snapshot, differences
@@ -51,7 +52,7 @@ class Violation:
         return f"after {self.crash.moment} events, with {self.crash.choice}: {'; '.join(self.problems)}\n  {files}"
 
 
-def record(subjects: Subjects, workload: str, scratch: Path, **order: object) -> Recording:
+def record(subjects: Subjects, workload: str, scratch: Path, **order: Any) -> Recording:
     """Have a process do a workload under strace.
 
     Args:

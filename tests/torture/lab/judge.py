@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,6 @@ import holdfast
 from holdfast import KeepLast, Run
 from holdfast.errors import HoldfastError
 from holdfast.storage.local import LocalStore
-
 from lab.marks import Promises, without_generation
 from lab.states import fill, new_state, number_of
 
@@ -69,7 +68,7 @@ class RunJudge:
         if self._aftermath:
             yield from self._start_again(run, before)
 
-    def _contents(self, run: Run, promises: Promises) -> Iterator[str]:
+    def _contents(self, run: Run, promises: Promises) -> Generator[str, None, set[str]]:
         """Look at every checkpoint; returns the names of the intact ones."""
         broken = {str(found.name): found.error for found in run.broken()}
         for name in broken.keys() - self._broken:
@@ -162,5 +161,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-

@@ -22,6 +22,8 @@ from holdfast.storage.durable import Descriptor
 
 SYNCS = ("sync_file", "sync_directory")
 RENAMES = ("_rename", "_renameat2")
+ANY_TIME = ("make_directories",)
+"""What they make durable has to be so when the save is acknowledged, and not before anything that is done meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,7 +52,8 @@ def mutants_of(place: str) -> Iterator[Mutant]:
     function = place.partition(" ")[0]
     if function in SYNCS:
         yield Mutant("skip", place)
-        yield Mutant("late", place)
+        if not any(function in place for function in ANY_TIME):
+            yield Mutant("late", place)
     else:
         yield Mutant("torn", place)
 
@@ -122,7 +125,9 @@ def _sync_late(fd: int) -> None:
     os.close(fd)
 
 
-def _torn(output: str, real: Callable[..., Any], name: str, parent: Descriptor, old: str, new: str, flags: int = 0) -> Any:
+def _torn(
+    output: str, real: Callable[..., Any], name: str, parent: Descriptor, old: str, new: str, flags: int = 0
+) -> Any:
     """A rename as a copy: what it should replace goes first, then one part comes after the other."""
     if name == "_renameat2" and flags == durable._RENAME_NOREPLACE and durable.exists(parent, new):
         return real(parent, old, new, flags)
@@ -132,16 +137,15 @@ def _torn(output: str, real: Callable[..., Any], name: str, parent: Descriptor, 
         os.rename(old, new, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
         os.rename(new + ".away", old, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
         return True
-    source = Path(f"/proc/self/fd/{parent.fd}")
-    if (source / old).is_dir():
+    source = Path(f"/proc/self/fd/{parent.fd}", old)
+    if source.is_dir():
         os.mkdir(new, dir_fd=parent.fd)
-        for file in sorted((source / old).iterdir(), reverse=True):
-            os.rename(f"{old}/{file.name}", f"{new}/{file.name}", src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
+        for name in sorted((file.name for file in source.iterdir()), reverse=True):
+            os.rename(f"{old}/{name}", f"{new}/{name}", src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
         os.rmdir(old, dir_fd=parent.fd)
     else:
-        data = (source / old).read_bytes()
         with Descriptor(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, dir_fd=parent.fd)) as file:
-            os.write(file.fd, data)
+            os.write(file.fd, source.read_bytes())
             os.fsync(file.fd)
         os.unlink(old, dir_fd=parent.fd)
     return True

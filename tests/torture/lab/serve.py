@@ -2,10 +2,10 @@
 
     python tests/torture/lab/serve.py SOCKET
 
-Each line on standard input is an order, a JSON object: ``{"workload": "retention", "directory": "/tmp/x"}``. For each, a
-process connects to SOCKET, prepares the directory, says that it is ready, and begins when that is answered. When it has
-ended, a line on standard output gives its exit status. ``"fault"`` names a function of ``lab.faults`` and its arguments,
-called between preparation and beginning.
+Each line on standard input is an order, a JSON object: ``{"workload": "retention", "directory": "runs/x"}``. For each,
+a process connects to SOCKET, prepares the directory, says that it is ready, and begins when that is answered. When it
+has ended, a line on standard output gives its exit status. ``"fault"`` names a function of ``lab.faults`` and its
+arguments, called between preparation and beginning; with ``"prepared"`` the directory is taken as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,17 @@ def main() -> None:
         if pid == 0:
             os._exit(_run(order, sys.argv[1]))
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(json.dumps({"status": status}), flush=True)
+        sys.stdout.write(json.dumps({"status": status}) + "\n")
+        sys.stdout.flush()
 
 
 def _warm_up() -> None:
     """Import what is imported late, so that the processes make no system calls for it."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stderr(nowhere):
-            for workload in WORKLOADS.values():
-                if workload.name == "save beside others":
-                    path = Path(directory) / "run"
-                    workload.prepare(path, _Mute())
-                    RunJudge().problems(path, Promises())
+    with tempfile.TemporaryDirectory() as directory:
+        run = Path(directory) / "run"
+        WORKLOADS["save beside others"].prepare(run, _Mute())
+        WORKLOADS["background saves"].act(run, _Mute())
+        RunJudge().problems(run, Promises())
 
 
 class _Mute(Marks):

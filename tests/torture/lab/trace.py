@@ -1,7 +1,7 @@
 """System calls of a process under test, recorded by strace: what it did to its disk, in order, with every byte.
 
-strace prints strings and paths as hex (``-xx``) and descriptors with the path that they have at that moment (``-y``), so
-that a call says by itself which file it meant, whatever was renamed since.
+strace prints strings and paths as hex (``-xx``) and descriptors with the path that they have at that moment (``-y``),
+so that a call says by itself which file it meant, whatever was renamed since.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Strace:
 
 def record_options() -> list[str]:
     """For strace, to record what :func:`calls` reads."""
-    return ["-y", "-xx", "-s", "67108864", "-e", "trace=" + ",".join(f"?{name}" for name in RECORDED), "-e", "signal=none"]
+    names = ",".join(f"?{name}" for name in RECORDED)  # some systems have not all of them
+    return ["-y", "-xx", "-s", "67108864", "-e", f"trace={names}", "-e", "signal=none"]
 
 
 def calls(recording: str) -> Iterator[Call]:
@@ -107,7 +108,8 @@ def calls(recording: str) -> Iterator[Call]:
 
 def is_mark(call: Call) -> bool:
     """Whether the process said something with it."""
-    return call.name == "sendto" and isinstance(call.arguments[1], bytes) and call.arguments[1].startswith(PREFIX.encode())
+    said = call.arguments[1] if call.name == "sendto" else None
+    return isinstance(said, bytes) and said.startswith(PREFIX.encode())
 
 
 def _arguments(text: str) -> Iterator[Argument]:

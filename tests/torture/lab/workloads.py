@@ -18,7 +18,6 @@ from holdfast.errors import CheckpointNotFoundError
 from holdfast.format.names import CheckpointName
 from holdfast.state import unchanged
 from holdfast.storage import durable
-
 from lab.judge import Judge, PathJudge, RunJudge, place_foreign
 from lab.marks import Marks, Promises
 from lab.states import fill, number_of, numbered
@@ -113,7 +112,8 @@ def _pin_and_prune(directory: Path, marks: Marks) -> None:
 
 
 def _prepare_frozen(directory: Path, marks: Marks) -> None:
-    unchanged.MIN_GROUP_BYTES = 4096  # type: ignore[misc]  # the backbone is small, so that many states can be tried
+    # The backbone is small, so that many states can be tried.
+    unchanged.MIN_GROUP_BYTES = 4096
     _three(directory, marks)
 
 
@@ -139,7 +139,7 @@ def _train(directory: Path, marks: Marks, last: int, *, overlap: bool = False) -
                 known.append(saved.name)
             else:
                 known.append(name_of(ckpt.global_step))
-    marks.must(known[-1], seed)
+    marks.must(known[-1], 100 + last)
 
 
 def _train_on(directory: Path, marks: Marks) -> None:

@@ -1,0 +1,30 @@
+"""Whenever the machine stops, whatever of the unsynced changes had reached the disk: no promise is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lab.explore import explore, record
+from lab.subject import Subjects
+from lab.workloads import WORKLOADS
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("strace")]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_no_promise_is_broken_on_any_disk_that_a_crash_may_leave(
+    workload: str,
+    subjects: Subjects,
+    scratch: Path,
+    count: Callable[[int, int], int],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """What was acknowledged loads bit for bit, nothing torn is seen, and the next start cleans up and saves."""
+    recording = record(subjects, workload, scratch)
+    assert (recording.ended.status, recording.ended.failure, recording.unlike) == (0, "", [])
+    findings = explore(recording, scratch, most=count(200, 12_000))
+    record_property("count: crash states", findings.states)
+    assert [str(violation) for violation in findings.violations] == []
+    assert findings.states > 50

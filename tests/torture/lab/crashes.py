@@ -7,9 +7,10 @@ looked at once.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lab.disk import BLOCK_BYTES, Event, Node, Rename, Resize, Snapshot, Write
 from lab.marks import Mark, Promises
 
 SECTOR_BYTES = 512
+SECTORS = BLOCK_BYTES // SECTOR_BYTES
 
 
 @dataclass(slots=True)
@@ -36,14 +38,14 @@ class Choice:
         blocks: by file and block, how many of its pending writes; a missing one means none.
         sizes: by file, how many of its pending lengths.
         garbage: lost blocks hold anything, instead of zeros.
-        torn: of each written block, only its first sectors.
+        torn: blocks of which only so many sectors are there.
     """
 
     names: frozenset[int]
-    blocks: dict[tuple[int, int], int]
-    sizes: dict[int, int]
+    blocks: Mapping[tuple[int, int], int]
+    sizes: Mapping[int, int]
     garbage: bool = False
-    torn: int = 0
+    torn: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ class Crash:
         """Equal for equal disks of which the same is asked."""
         hasher = hashlib.blake2b(self.promises.key().encode(), digest_size=16)
         for path, content in self.files.items():
-            data = content.encode() if isinstance(content, str) else content or b""
-            hasher.update(f"\0{path}\0{type(content).__name__}{len(data)}\0".encode())
+            data = _digest_of(content) if isinstance(content, bytes) else repr(content).encode()
+            hasher.update(f"\0{path}\0{type(content).__name__}\0".encode())
             hasher.update(data)
         return hasher.digest()
 
@@ -170,8 +172,9 @@ class Durable:
             count = choice.blocks.get((file, block), 0)
             if count == 0 and choice.garbage and len(base) <= block * BLOCK_BYTES:
                 data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] = b"\xa5" * BLOCK_BYTES
+            sectors = choice.torn.get((file, block), SECTORS)
             for write in writes[:count]:
-                written = write.data[: choice.torn * SECTOR_BYTES] if choice.torn else write.data
+                written = write.data[: sectors * SECTOR_BYTES]
                 stop = write.offset + len(written)
                 if stop > len(data):
                     data.extend(bytes(stop - len(data)))
@@ -223,20 +226,20 @@ class Durable:
 
     def random_choice(self, chance: random.Random) -> Choice:
         """Any other."""
-        share = chance.choice((0.1, 0.5, 0.5, 0.9))
-        names = {index for index in range(len(self.names)) if chance.random() < share}
+        named, there = chance.choice((0.2, 0.5, 0.9, 1.0)), chance.choice((0.1, 0.5, 0.9))
+        names = {index for index in range(len(self.names)) if chance.random() < named}
         blocks = {
-            (file, block): chance.randint(0, len(writes))
-            if chance.random() < 0.2
-            else len(writes)
-            if chance.random() < share
-            else 0
+            (file, block): chance.randint(1, len(writes)) if chance.random() < there else 0
             for file, pending in self.pending.items()
             for block, writes in pending.blocks.items()
         }
-        sizes = {file: chance.randint(0, len(pending.sizes)) for file, pending in self.pending.items()}
+        torn = {key: chance.randrange(1, SECTORS) for key in blocks if chance.random() < 0.1}
+        sizes = {
+            file: len(pending.sizes) if chance.random() < there else chance.randint(0, len(pending.sizes))
+            for file, pending in self.pending.items()
+        }
         chosen = self.with_needed(names) if chance.random() < 0.5 else self.closed(names)
-        return Choice(chosen, blocks, sizes, chance.random() < 0.2, chance.choice((0, 0, 0, 1, 7)))
+        return Choice(chosen, blocks, sizes, chance.random() < 0.2, torn)
 
 
 def crashes(
@@ -264,6 +267,12 @@ def crashes(
         for _ in range(rounds if durable.names or durable.pending else 0):
             choice = durable.random_choice(chance)
             yield Crash(moment, repr(choice), durable.files(choice), promises)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _digest_of(data: bytes) -> bytes:
+    """Most files are the same, and the same objects, on most disks."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _copy(promises: Promises) -> Promises:

@@ -13,6 +13,7 @@ from typing import Any
 from lab.crashes import Crash, crashes
 from lab.disk import Event, Recorder, Snapshot, differences
 from lab.judge import Judge
+from lab.states import use_variant
 from lab.subject import Ended, Subjects
 from lab.trace import Strace, StraceError, calls, record_options
 from lab.workloads import WORKLOADS
@@ -31,6 +32,7 @@ class Recording:
         events: what happened.
         ended: how the process ended, and all that it said.
         unlike: where the model of the disk ended unlike the real one: must be empty.
+        variant: how large its states are.
     """
 
     workload: str
@@ -38,6 +40,7 @@ class Recording:
     events: list[Event]
     ended: Ended
     unlike: list[str]
+    variant: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +55,14 @@ class Violation:
         return f"after {self.crash.moment} events, with {self.crash.choice}: {'; '.join(self.problems)}\n  {files}"
 
 
-def record(subjects: Subjects, workload: str, scratch: Path, **order: Any) -> Recording:
+def record(subjects: Subjects, workload: str, scratch: Path, variant: int = 0, **order: Any) -> Recording:
     """Have a process do a workload under strace.
 
     Args:
         subjects: what starts it.
         workload: its name.
         scratch: a directory for what is recorded.
+        variant: how large the states are.
         order: more for the process under test.
     """
     folder = Path(tempfile.mkdtemp(dir=scratch))
@@ -69,7 +73,7 @@ def record(subjects: Subjects, workload: str, scratch: Path, **order: Any) -> Re
     def watch(pid: int) -> None:
         watching.append((Recorder(directory), Strace(pid, record_options(), output)))
 
-    ended = subjects.run(workload, directory, watch=watch, **order)
+    ended = subjects.run(workload, directory, watch=watch, variant=variant, **order)
     if not watching:
         raise StraceError(f"{workload} ended before it began: {ended.failure}")
     [(recorder, strace)] = watching
@@ -78,7 +82,7 @@ def record(subjects: Subjects, workload: str, scratch: Path, **order: Any) -> Re
         recorder.hear(call)
     unlike = differences(recorder.tree, directory)
     shutil.rmtree(folder)
-    return Recording(workload, recorder.before, recorder.events, ended, unlike)
+    return Recording(workload, recorder.before, recorder.events, ended, unlike, variant)
 
 
 @dataclass(slots=True)
@@ -109,6 +113,7 @@ def explore(
         enough: stop after so many that break promises.
     """
     judge = WORKLOADS[recording.workload].judge if judge is None else judge
+    use_variant(recording.variant)
     findings = Findings()
     for crash in sample(recording, most, seed):
         folder = Path(tempfile.mkdtemp(dir=scratch))
@@ -133,7 +138,7 @@ def sample(recording: Recording, most: int | None, seed: int) -> Iterator[Crash]
     first_of = _distinct(every(rounds))
     if most is None:
         most = len(first_of)
-    fresh = len(first_of)
+    fresh = most
     while len(first_of) < most and fresh > ENDING * most:
         rounds = max(2 * rounds, 1 + 2 * (most - len(first_of)) // len(recording.events))
         fresh = -len(first_of)

@@ -4,8 +4,9 @@
 
 Each line on standard input is an order, a JSON object: ``{"workload": "retention", "directory": "runs/x"}``. For each,
 a process connects to SOCKET, prepares the directory, says that it is ready, and begins when that is answered. When it
-has ended, a line on standard output gives its exit status. ``"fault"`` names a function of ``lab.faults`` and its
-arguments, called between preparation and beginning; with ``"prepared"`` the directory is taken as it is.
+has ended, a line on standard output gives its exit status. More in an order: ``"fault"``, the name of a function of
+``lab.faults`` and its arguments, called between preparation and beginning; ``"variant"``, how large the states are;
+``"prepared"``, true where the directory is to be taken as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lab import faults
 from lab.judge import RunJudge
 from lab.marks import DONE, FAILED, READY, Mark, Marks, Promises
+from lab.states import use_variant
 from lab.workloads import WORKLOADS
 
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, -1
@@ -71,6 +73,7 @@ def _run(order: dict[str, Any], address: str) -> int:
     connection.connect(address)
     marks = Marks(connection, multiprocessing.get_context("fork").Lock())
     workload = WORKLOADS[order["workload"]]
+    use_variant(order.get("variant", 0))
     directory = Path(order["directory"])
     try:
         if not order.get("prepared"):

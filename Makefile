@@ -20,7 +20,7 @@ SOURCES := $(shell find src \( -type f -o -type d \) -not -path '*/__pycache__*'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test check bench torture clean
+.PHONY: help demo test check bench torture tools clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,15 @@ bench: $(VENV)/.wheel $(VENV)/.bench ## the benchmarks (BENCH_ARGS=--help lists 
 
 torture: $(VENV)/.wheel ## the tests with all their rounds; takes long
 	@HOLDFAST_TORTURE=1 $(TESTS) $(PYTEST_ARGS)
+
+# Where one of them is missing, the tests that use it skip and say so.
+TOOLS := strace mkfs.ext4 mkfs.xfs mkfs.btrfs fusermount3
+PACKAGES := strace e2fsprogs xfsprogs btrfs-progs fuse3
+INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES)
+
+tools: ## the system's programs that the crash tests use (Debian and Ubuntu, as root)
+	@PATH="$$PATH:/usr/sbin:/sbin"; for tool in $(TOOLS); do command -v $$tool >/dev/null || missing=1; done; \
+	[ -z "$$missing" ] || { $(INSTALL) || { apt-get update -qq && $(INSTALL); }; } >/dev/null
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

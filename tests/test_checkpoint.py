@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import holdfast
+from holdfast import checkpoint as checkpoints
 from holdfast.checkpoint import TensorInfo
 from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedValueError
 from holdfast.format import manifest as manifests
@@ -225,6 +226,20 @@ def test_removed_since_it_was_opened(saved: Path) -> None:
     ):
         with pytest.raises(CheckpointNotFoundError, match="does not exist"):
             use()
+
+
+def test_removed_while_it_is_opened(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its manifest and its files: it is gone, not damaged, for a removal takes the name away first."""
+    store = LocalStore(saved.parent)
+    look = checkpoints.structure_damage
+
+    def removed_first(*args: Any) -> Any:
+        store.remove(saved.name)
+        return look(*args)
+
+    monkeypatch.setattr(checkpoints, "structure_damage", removed_first)
+    with pytest.raises(CheckpointNotFoundError, match="was removed while it was looked at"):
+        holdfast.open(saved)
 
 
 def test_another_checkpoint_since_it_was_opened(saved: Path, tmp_path: Path) -> None:

@@ -173,14 +173,32 @@ def test_directories_are_not_opened_through_links(tmp_path: Path, here: durable.
         durable.open_directory("link", here)
 
 
-def test_missing_directories_are_made_and_synced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The parent of every new directory is synced, from the top."""
+def test_directories_are_made_and_their_names_synced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each directory above is synced, whoever made what is in it, up to the root of the file system."""
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
-    durable.make_directories(str(tmp_path / "a/b/c"))
-    assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a/b")]
-    durable.make_directories(str(tmp_path / "a/b/c"))
-    assert len(synced) == 3
+    for _ in range(2):
+        durable.make_directories(str(tmp_path / "a/b/c"))
+        device = tmp_path.stat().st_dev
+        above = [path for path in (tmp_path / "a/b/c").parents if path.stat().st_dev == device]
+        assert synced == list(map(str, above))
+        synced.clear()
+
+
+def test_directories_above_that_cannot_be_read_are_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Others made them; the user's own are synced all the same."""
+    synced: list[str] = []
+    opened = durable.open_directory
+
+    def refuse(path: str) -> durable.Descriptor:
+        if path == str(tmp_path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path)
+
+    monkeypatch.setattr(durable, "open_directory", refuse)
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
+    durable.make_directories(str(tmp_path / "a/b"))
+    assert synced[:2] == [str(tmp_path / "a"), str(tmp_path.parent)]
 
 
 def test_publishing_never_replaces(tmp_path: Path, here: durable.Descriptor) -> None:

@@ -747,6 +747,34 @@ def test_a_lock_that_fails_is_an_error(store: LocalStore, monkeypatch: pytest.Mo
 # --------------------------------------------------------------------------------------------------------- annotating
 
 
+def test_annotations_that_a_dead_writer_left_are_cleaned_up(
+    store: LocalStore, commit: Commit, contents: Contents
+) -> None:
+    """Those of a live writer stay, and so does what is not known."""
+    commit(store, 1)
+    path = Path(store.path) / ONE
+    for name in (".annotations.json.0123456789abcdef", ".annotations.json.fedcba9876543210", ".annotations.json.mine"):
+        (path / name).write_bytes(b"half")
+    with durable.open_directory(str(path)) as directory:
+        live = durable.open_file(directory, ".annotations.json.fedcba9876543210")
+        durable.lock_exclusive(live)
+        assert store.clean() == []
+    found = {".annotations.json.fedcba9876543210": b"half", ".annotations.json.mine": b"half"}
+    assert contents(store) == {ONE: {**whole(), **found}}
+    live.close()
+    store.clean()
+    assert contents(store) == {ONE: {**whole(), ".annotations.json.mine": b"half"}}
+
+
+def test_a_probe_that_a_dead_process_left_is_cleaned_up(store: LocalStore, commit: Commit) -> None:
+    """It was made to read the file system's clock."""
+    commit(store, 1)
+    (Path(store.path) / ".probe-0123456789abcdef").touch()
+    (Path(store.path) / ".probe-mine").touch()
+    store.clean()
+    assert sorted(store.names()) == [".probe-mine", ONE]
+
+
 def test_annotations_are_replaced_atomically(
     store: LocalStore, commit: Commit, contents: Contents, system_calls: Any
 ) -> None:
@@ -757,9 +785,9 @@ def test_annotations_are_replaced_atomically(
     begin = len(system_calls.trace)
     store.annotate(ONE, b"old")
     calls = system_calls.trace[begin:]
-    assert [call[0] for call in calls] == ["open", "write", "fsync", "rename", "fsync"]
+    assert [call[0] for call in calls] == ["open", "flock", "write", "fsync", "rename", "fsync"]
     assert calls[-1] == ("fsync", f"run/{ONE}")
-    for index in range(4):
+    for index in range(5):
         at = len(system_calls.trace) + index
         lost = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         system_calls.fault = lambda name, now, at=at, lost=lost: lost if now == at else None

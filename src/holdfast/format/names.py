@@ -29,6 +29,7 @@ _TEMPORARY = re.compile(r"\.tmp-([0-9]{12})-([A-Za-z0-9_.]{1,64})-([0-9]{1,10})-
 _TRASH = re.compile(r"\.trash-([0-9a-f]{16})-(.{1,200})", re.ASCII)
 _ASIDE = re.compile(r"\.aside-([0-9a-f]{16})-(.{1,200})", re.ASCII)
 _STAGED_ANNOTATIONS = re.compile(r"\.annotations\.json\.[0-9a-f]{16}", re.ASCII)
+_PROBE = re.compile(r"\.probe-[0-9a-f]{16}", re.ASCII)
 _ENTRY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}\Z", re.ASCII)
 
@@ -101,9 +102,24 @@ def staged_annotations_name(nonce: str) -> str:
     return f".{ANNOTATIONS}.{nonce}"
 
 
+def is_staged_annotations(name: str) -> bool:
+    """Whether ``name`` is one of these."""
+    return _STAGED_ANNOTATIONS.fullmatch(name) is not None
+
+
+def probe_name(nonce: str) -> str:
+    """The name of a file that is made to read the clock of a file system, and removed at once."""
+    return f".probe-{nonce}"
+
+
+def is_probe(name: str) -> bool:
+    """Whether ``name`` is one of these."""
+    return _PROBE.fullmatch(name) is not None
+
+
 def is_auxiliary(name: str) -> bool:
     """Whether a file in a checkpoint may be there without being listed in its manifest."""
-    return name in (MANIFEST, ANNOTATIONS) or _STAGED_ANNOTATIONS.fullmatch(name) is not None
+    return name in (MANIFEST, ANNOTATIONS) or is_staged_annotations(name)
 
 
 def data_file_name(entry: str) -> str:

@@ -102,17 +102,20 @@ def open_directory(path: str, parent: Descriptor | None = None) -> Descriptor:
 
 
 def make_directories(path: str) -> None:
-    """Make ``path`` and what is missing above it; each new name is durable when this returns."""
-    missing = []
-    current = os.path.abspath(path)
-    while not os.path.isdir(current):
-        missing.append(current)
-        current = os.path.dirname(current)
-    for directory in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another process may be making the same run
-            os.mkdir(directory)
-        with open_directory(os.path.dirname(directory)) as parent:
-            sync_directory(parent)
+    """Make ``path`` and what is missing above it; all its names, up to the root of its file system, are then durable.
+
+    Also those that were there already: whoever made them, the user's script or a process that began at the same moment,
+    need not have synced them.
+    """
+    if not os.path.isdir(path):
+        os.makedirs(path, exist_ok=True)  # another process may be making the same run
+    device = os.stat(path).st_dev
+    below = os.path.realpath(path)
+    while (above := os.path.dirname(below)) != below and os.stat(above).st_dev == device:
+        # One that this user may pass through but not read cannot be synced, and was not made by this user either.
+        with contextlib.suppress(PermissionError), open_directory(above) as directory:
+            sync_directory(directory)
+        below = above
 
 
 def make_directory(parent: Descriptor, name: str) -> Descriptor | None:
@@ -256,10 +259,16 @@ def append_line(directory: Descriptor, name: str, line: bytes) -> None:
 
 
 def replace_file(directory: Descriptor, name: str, staged: str, data: bytes) -> None:
-    """Replace ``name`` by a file with ``data``, atomically and durably; ``staged`` is the name it waits under."""
+    """Replace ``name`` by a file with ``data``, atomically and durably.
+
+    ``staged`` is the name it waits under; it is locked as long as its writer lives.
+    """
     try:
-        write_file(directory, staged, data)
-        _rename(directory, staged, name)
+        with create_file(directory, staged) as file:
+            lock_exclusive(file)
+            write_all(file, memoryview(data))
+            sync_file(file)
+            _rename(directory, staged, name)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(staged, dir_fd=directory.fd)

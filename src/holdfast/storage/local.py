@@ -29,13 +29,17 @@ from holdfast.format.names import (
     ANNOTATIONS,
     EVENTS,
     MANIFEST,
+    CheckpointName,
     TemporaryName,
     aside_name,
     host_label,
     is_auxiliary,
     is_data_file_name,
+    is_probe,
+    is_staged_annotations,
     is_trash,
     parse_aside,
+    probe_name,
     staged_annotations_name,
     trash_name,
 )
@@ -246,6 +250,7 @@ class LocalStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._held: Descriptor | None = None
+        self._made = False
 
     def names(self) -> list[str]:
         """Every name there is; empty when the directory does not exist."""
@@ -263,7 +268,7 @@ class LocalStore:
     def create(self, step: int) -> LocalPending:
         """Begin a save."""
         with storage_errors("cannot save in", self.path):
-            durable.make_directories(self.path)
+            self._make()
             parent = self._parent()
             try:
                 return self._locked_temporary(parent, step)
@@ -317,16 +322,22 @@ class LocalStore:
     def clean(self) -> list[str]:
         """Remove what dead writers left behind, as far as it is certain that they are dead."""
         removed = []
-        candidates = [name for name in self.names() if is_trash(name) or parse_aside(name) or TemporaryName.parse(name)]
-        if not candidates:
+        names = self.names()
+        if not names:
             return []
         with storage_errors("cannot clean", self.path), self._parent() as parent:
-            for name in candidates:
+            durable.unlink_files(parent, filter(is_probe, names))
+            for name in names:
+                unfinished = is_trash(name) or parse_aside(name) or TemporaryName.parse(name)
+                if not unfinished and CheckpointName.parse(name) is None:
+                    continue
                 with (
                     contextlib.suppress(FileNotFoundError, NotADirectoryError),
                     durable.open_directory(name, parent) as directory,
                 ):
-                    if self._is_abandoned(name, directory, parent) and _remove_rest(parent, name, directory):
+                    if not unfinished:
+                        _remove_staged(directory)
+                    elif self._is_abandoned(name, directory, parent) and _remove_rest(parent, name, directory):
                         removed.append(name)
         return removed
 
@@ -342,7 +353,7 @@ class LocalStore:
     def hold(self) -> None:
         """Become the only writer of this directory."""
         with storage_errors("cannot open run", self.path):
-            durable.make_directories(self.path)
+            self._make()
             directory = self._parent()
             if durable.lock_exclusive(directory) is Lock.BUSY:
                 pid = durable.lock_holder(directory)
@@ -359,6 +370,12 @@ class LocalStore:
         held, self._held = self._held, None
         if held is not None:
             held.close()
+
+    def _make(self) -> None:
+        """Have the directory, durably; what is above it is looked at once."""
+        if not self._made or not os.path.isdir(self.path):
+            durable.make_directories(self.path)
+            self._made = True
 
     def _parent(self) -> Descriptor:
         return durable.open_directory(self.path)
@@ -413,7 +430,7 @@ def _idle_s(directory: Descriptor, parent: Descriptor) -> float:
     newest = os.fstat(directory.fd).st_mtime
     for name in os.listdir(directory.fd):
         newest = max(newest, os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_mtime)
-    probe = f".probe-{secrets.token_hex(8)}"
+    probe = probe_name(secrets.token_hex(8))
     try:
         with durable.create_file(parent, probe) as file:
             return os.fstat(file.fd).st_mtime - newest
@@ -426,6 +443,14 @@ def _discard(parent: Descriptor, name: str) -> None:
     with contextlib.suppress(FileNotFoundError), durable.open_directory(name, parent) as directory:
         if durable.lock_exclusive(directory) is not Lock.BUSY:
             _remove_rest(parent, name, directory)
+
+
+def _remove_staged(directory: Descriptor) -> None:
+    """Unlink annotations that were about to replace others when their writer died."""
+    for name in filter(is_staged_annotations, os.listdir(directory.fd)):
+        with contextlib.suppress(FileNotFoundError, ValueError), durable.open_file(directory, name) as file:
+            if durable.lock_exclusive(file) is Lock.HELD:
+                durable.unlink_files(directory, [name])
 
 
 def _remove_rest(parent: Descriptor, name: str, directory: Descriptor) -> bool:

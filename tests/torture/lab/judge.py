@@ -97,6 +97,7 @@ class RunJudge:
     def _start_again(self, run: Run, before: set[str]) -> Iterator[str]:
         run.store.clean()
         litter = [name for name in run.store.names() if name.startswith(_OWN_LITTER)]
+        litter += [str(path) for path in Path(run.path).glob("step-*/.annotations*")]
         if litter:
             yield f"litter after cleaning up: {litter}"
         if {checkpoint.name for checkpoint in run} != before:

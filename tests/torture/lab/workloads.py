@@ -71,8 +71,14 @@ def _save_first(directory: Path, marks: Marks) -> None:
     _save(Run(directory / "runs" / "first"), 1, 1, marks)
 
 
+def _save_in_what_the_user_made(directory: Path, marks: Marks) -> None:
+    """A script makes its directories itself, a moment before it saves, and syncs nothing."""
+    (directory / "runs" / "first").mkdir(parents=True)
+    _save_first(directory, marks)
+
+
 class _FirstJudge(RunJudge):
-    """For a run in directories that had to be made too."""
+    """For a run in directories that are new too."""
 
     def problems(self, directory: Path, promises: Promises) -> list[str]:
         """Every promise that is broken."""
@@ -271,6 +277,7 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("first save", _save_first, judge=_FirstJudge()),
+        Workload("first save in the user's directory", _save_in_what_the_user_made, judge=_FirstJudge()),
         Workload("save beside others", _save_beside, _three, _IN_A_RUN),
         Workload("the same step again", _save_again, _three, _IN_A_RUN),
         Workload("retention", _save_and_prune, _three, _IN_A_RUN),

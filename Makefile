@@ -11,6 +11,8 @@ PYTEST_ARGS ?=
 JOBS ?= logical
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+SOAK_ARGS ?=
+MINUTES ?= 30
 
 TESTS = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 CODE := $(wildcard src tests examples benchmarks)
@@ -20,7 +22,7 @@ SOURCES := $(shell find src \( -type f -o -type d \) -not -path '*/__pycache__*'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test check bench torture tools clean
+.PHONY: help demo test check bench torture soak tools clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +55,9 @@ INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-re
 tools: ## the system's programs that the crash tests use (Debian and Ubuntu, as root)
 	@PATH="$$PATH:/usr/sbin:/sbin"; for tool in $(TOOLS); do command -v $$tool >/dev/null || missing=1; done; \
 	[ -z "$$missing" ] || { $(INSTALL) || { apt-get update -qq && $(INSTALL); }; } >/dev/null
+
+soak: $(VENV)/.wheel ## one run for MINUTES=30: killed, preempted, disturbed, read and pruned all the while
+	@$(BIN)/python tests/torture/soak.py --minutes $(MINUTES) $(SOAK_ARGS)
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -244,6 +244,29 @@ def test_protected_ones_stay(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_pinned_while_a_pruning_runs_stays(tmp_path: Path) -> None:
+    """So does what was measured meanwhile, which may make it the best: the removal was decided without it."""
+    run = run_of(tmp_path, 1, 2, 3, 4)
+
+    class Slow:
+        def keep(self, checkpoints: Sequence[Checkpoint]) -> Mapping[str, str]:
+            Run(run.path).pin(1)
+            Run(run.path).add_metrics(checkpoints[1], {"loss": 0.5})
+            return {checkpoints[-1].name: "newest"}
+
+    report = run.prune(Slow())
+    assert (names(report.removed), report.busy) == (["3"], ("step-000000000001", "step-000000000002"))
+    assert [(c.step, c.pinned, c.metrics) for c in run] == [(1, True, {}), (2, False, {"loss": 0.5}), (4, False, {})]
+
+
+def test_a_pin_and_metrics_do_not_undo_each_other(tmp_path: Path) -> None:
+    """Each changes what is there when its turn comes, not what was there when its checkpoint was opened."""
+    run = run_of(tmp_path, 1)
+    opened = run[1]
+    run.pin(1)
+    assert run.add_metrics(opened, {"loss": 0.5}).pinned
+
+
 def test_a_policy_that_names_strangers(tmp_path: Path) -> None:
     """A name that is no checkpoint's changes nothing."""
 

@@ -350,6 +350,16 @@ def reopen_checkpoint(store: Store, name: str, manifest: bytes) -> Checkpoint:
     return checkpoint
 
 
+def annotations_of(stored: StoredCheckpoint) -> Annotations:
+    """The annotations; none where there are none, and none, with a warning, where they are broken: no state is lost."""
+    try:
+        return read_annotations(stored)
+    except ValueError as error:
+        damage = Damage(ANNOTATIONS, str(error))
+        warnings.warn(f"{stored.path}: {damage}; its later metrics, pin and tags are not known.", stacklevel=2)
+        return Annotations()
+
+
 def open_checkpoint(store: Store, name: str, *, whole: bool = True) -> Checkpoint:
     """The checkpoint called ``name``: its manifest validated, its files all there and of the right sizes.
 
@@ -371,7 +381,7 @@ def open_checkpoint(store: Store, name: str, *, whole: bool = True) -> Checkpoin
             data = _read_manifest(stored)
             head = _decode_head(data, path)
             _check_step(name, head, path)
-            checkpoint = Checkpoint(store, name, head, _read_annotations(stored), data)
+            checkpoint = Checkpoint(store, name, head, annotations_of(stored), data)
             if whole or structure_damage(stored, head):
                 damage = structure_damage(stored, checkpoint.manifest)  # names the tensors too
                 if damage and not stored.is_current():
@@ -460,14 +470,4 @@ def _check_step(name: str, head: Head, path: str) -> None:
         )
 
 
-def _read_annotations(stored: StoredCheckpoint) -> Annotations:
-    """The annotations; none where there are none, and none, with a warning, where they are broken: no state is lost."""
-    try:
-        return read_annotations(stored)
-    except ValueError as error:
-        damage = Damage(ANNOTATIONS, str(error))
-        warnings.warn(f"{stored.path}: {damage}; its later metrics, pin and tags are not known.", stacklevel=2)
-        return Annotations()
-
-
-__all__ = ["Checkpoint", "TensorInfo", "TensorRecord", "open", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "TensorRecord", "annotations_of", "open", "open_checkpoint"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
-from holdfast.checkpoint import Checkpoint, open_checkpoint
+from holdfast.checkpoint import Checkpoint, annotations_of, open_checkpoint
 from holdfast.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -21,8 +22,10 @@ from holdfast.errors import (
     UsageError,
 )
 from holdfast.format import manifest as manifests
+from holdfast.format.manifest import Annotations
 from holdfast.format.names import CheckpointName
 from holdfast.storage.local import LocalStore
+from holdfast.storage.store import StoredCheckpoint
 
 _logger = logging.getLogger("holdfast")
 
@@ -50,7 +53,7 @@ class PruneReport:
     Attributes:
         removed: checkpoints that went.
         kept: names of those that stayed, each with the reason.
-        busy: names of those that would go but are being read.
+        busy: names of those that would go but are being read, or were annotated meanwhile: the next pruning will see.
         broken: what is broken; never counted and never removed.
         dry_run: whether nothing was really removed.
     """
@@ -171,7 +174,7 @@ class Run:
         """Remove the checkpoints that ``keep`` does not keep. Blocks.
 
         The newest, pinned ones, those in ``protect``, broken ones, and whatever is not a checkpoint always stay; so do
-        those that somebody is reading.
+        those that somebody is reading, or pinned or measured since they were looked at.
 
         Args:
             keep: the policy, such as ``KeepLast(3) | KeepBest("val_loss", "min")``.
@@ -186,7 +189,7 @@ class Run:
         for checkpoint in intact:
             if checkpoint.name in kept:
                 continue
-            if dry_run or self.store.remove(checkpoint.name):
+            if dry_run or self.store.remove(checkpoint.name, functools.partial(_annotated_since, checkpoint)):
                 removed.append(checkpoint)
             else:
                 busy.append(checkpoint.name)
@@ -195,14 +198,16 @@ class Run:
 
     def pin(self, step: int, pinned: bool = True) -> Checkpoint:
         """Keep the checkpoint of ``step`` whatever a retention policy says, or (``pinned=False``) no longer."""
-        return self._annotate(self[step], pinned=pinned)
+        return self._annotate(self[step], lambda current: msgspec.structs.replace(current, pinned=pinned))
 
     def add_metrics(self, checkpoint: Checkpoint, metrics: Mapping[str, float]) -> Checkpoint:
         """Record metrics that were measured of a checkpoint after it was saved."""
         from holdfast.saving import encode_metrics
 
-        current = open_checkpoint(self.store, checkpoint.name).annotations
-        return self._annotate(checkpoint, metrics={**current.metrics, **encode_metrics(metrics)})
+        encoded = encode_metrics(metrics)
+        return self._annotate(
+            checkpoint, lambda current: msgspec.structs.replace(current, metrics={**current.metrics, **encoded})
+        )
 
     def events(self) -> list[dict[str, Any]]:
         """What is known of past saves, oldest first: when, why, and what each cost (see ``SaveReport``).
@@ -215,10 +220,11 @@ class Run:
                 found.append(msgspec.json.decode(line, type=dict[str, Any]))
         return found
 
-    def _annotate(self, checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
-        current = open_checkpoint(self.store, checkpoint.name).annotations
-        annotations = msgspec.structs.replace(current, **changes)
-        self.store.annotate(checkpoint.name, manifests.encode_annotations(annotations))
+    def _annotate(self, checkpoint: Checkpoint, change: Callable[[Annotations], Annotations]) -> Checkpoint:
+        """Change what is there at that moment, which is not always what ``checkpoint`` was opened with."""
+        self.store.annotate(
+            checkpoint.name, lambda stored: manifests.encode_annotations(change(annotations_of(stored)))
+        )
         return open_checkpoint(self.store, checkpoint.name)
 
     def free_names(self, step: int) -> Iterator[str]:
@@ -269,6 +275,11 @@ def _kept(intact: Sequence[Checkpoint], keep: Retention, protect: Iterable[str])
     if intact:
         kept.setdefault(intact[-1].name, "newest")
     return kept
+
+
+def _annotated_since(checkpoint: Checkpoint, stored: StoredCheckpoint) -> bool:
+    """Whether something is known of a checkpoint, such as a pin, that was not when its removal was decided."""
+    return annotations_of(stored) != checkpoint.annotations
 
 
 def _warn_of(broken: Broken) -> None:

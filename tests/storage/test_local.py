@@ -8,18 +8,19 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from holdfast.errors import CheckpointExistsError, DiskFullError, RunBusyError, StorageError
+from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, DiskFullError, RunBusyError, StorageError
 from holdfast.format.manifest import CHUNK_BYTES, FileRecord
 from holdfast.format.names import TemporaryName, aside_name, host_label, trash_name
 from holdfast.storage import direct, durable, local, memory
 from holdfast.storage.chunks import digest
-from holdfast.storage.local import DIRECT_READ_BYTES, LocalFile, LocalStore
+from holdfast.storage.local import DIRECT_READ_BYTES, LocalCheckpoint, LocalFile, LocalStore
 from holdfast.storage.residency import cached_share
 
 Commit = Callable[..., str]
@@ -780,20 +781,67 @@ def test_annotations_are_replaced_atomically(
 ) -> None:
     """Written aside, synced, renamed over, and the directory synced; a failure leaves the old ones and no litter."""
     commit(store, 1)
-    store.annotate(ONE, b"old")
+    store.annotate(ONE, lambda _: b"old")
     expected = {ONE: {**whole(), "annotations.json": b"old"}}
     begin = len(system_calls.trace)
-    store.annotate(ONE, b"old")
+    store.annotate(ONE, lambda _: b"old")
     calls = system_calls.trace[begin:]
-    assert [call[0] for call in calls] == ["open", "flock", "write", "fsync", "rename", "fsync"]
+    made = ["flock", "flock", "open", "flock", "write", "fsync", "rename", "fsync"]
+    assert [call[0] for call in calls] == made
     assert calls[-1] == ("fsync", f"run/{ONE}")
-    for index in range(5):
+    for index in range(len(made) - 1):
         at = len(system_calls.trace) + index
         lost = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         system_calls.fault = lambda name, now, at=at, lost=lost: lost if now == at else None
         with pytest.raises(DiskFullError, match="cannot annotate"):
-            store.annotate(ONE, b"new")
+            store.annotate(ONE, lambda _: b"new")
         system_calls.fault = lambda name, now: None
         assert contents(store) == expected
-    store.annotate(ONE, b"new")
+    store.annotate(ONE, lambda _: b"new")
     assert contents(store)[ONE]["annotations.json"] == b"new"
+
+
+def test_what_is_being_annotated_is_not_removed(store: LocalStore, commit: Commit) -> None:
+    """Whoever removes it afterwards sees what was annotated."""
+    commit(store, 1)
+    removed = []
+
+    def change(_: LocalCheckpoint) -> bytes:
+        removed.append(LocalStore(store.path).remove(ONE))
+        return b"new"
+
+    store.annotate(ONE, change)
+    assert removed == [False]
+    assert not store.remove(ONE, lambda stored: stored.read_whole("annotations.json", 100) == b"new")
+    assert store.remove(ONE, lambda stored: stored.read_whole("annotations.json", 100) == b"old")
+
+
+def test_annotating_what_is_gone(store: LocalStore, commit: Commit) -> None:
+    """Nothing is made, and the error says so."""
+    commit(store, 1)
+    store.remove(ONE)
+    with pytest.raises(CheckpointNotFoundError, match=f"{ONE} was removed meanwhile"):
+        store.annotate(ONE, lambda _: b"new")
+    assert store.names() == []
+
+
+def test_one_annotates_at_a_time(store: LocalStore, commit: Commit) -> None:
+    """The next one begins when what the one before changed is there to be read."""
+    commit(store, 1)
+    begun = threading.Event()
+    found = []
+
+    def second(stored: LocalCheckpoint) -> bytes:
+        begun.set()
+        found.append(stored.read_whole("annotations.json", 100))
+        return b"second"
+
+    def first(_: LocalCheckpoint) -> bytes:
+        other.start()
+        assert not begun.wait(0.2), "two annotate at once"
+        return b"first"
+
+    other = threading.Thread(target=lambda: LocalStore(store.path).annotate(ONE, second))
+    store.annotate(ONE, first)
+    other.join()
+    assert found == [b"first"]

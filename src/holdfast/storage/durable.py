@@ -335,9 +335,9 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") el
 # ------------------------------------------------------------------------------------------------------------ locking
 
 
-def lock_exclusive(descriptor: Descriptor) -> Lock:
-    """Ask for the only lock, without waiting."""
-    return _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def lock_exclusive(descriptor: Descriptor, *, wait: bool = False) -> Lock:
+    """Ask for the only lock; without waiting, unless told to."""
+    return _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def lock_shared(descriptor: Descriptor) -> Lock:

@@ -21,9 +21,9 @@ import mmap
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from holdfast.errors import CheckpointExistsError, RunBusyError, storage_errors
+from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, RunBusyError, storage_errors
 from holdfast.format.manifest import FileRecord
 from holdfast.format.names import (
     ANNOTATIONS,
@@ -292,17 +292,26 @@ class LocalStore:
                 return []
         return bytes(data[:count]).split(b"\n")[:-1]
 
-    def annotate(self, name: str, data: bytes) -> None:
-        """Replace the annotations of a checkpoint atomically."""
-        with (
-            storage_errors("cannot annotate", os.path.join(self.path, name)),
-            self._parent() as parent,
-            durable.open_directory(name, parent) as directory,
-        ):
-            durable.replace_file(directory, ANNOTATIONS, staged_annotations_name(secrets.token_hex(8)), data)
+    def annotate(self, name: str, change: Callable[[LocalCheckpoint], bytes]) -> None:
+        """Replace the annotations of a checkpoint atomically.
 
-    def remove(self, name: str) -> bool:
-        """Remove a checkpoint; False when somebody is reading it, or it is gone, and nothing was done."""
+        The lock on the directory keeps the checkpoint from being removed by somebody who does not know them yet, and
+        the one on its manifest keeps two that annotate from undoing each other's changes.
+        """
+        path = os.path.join(self.path, name)
+        with storage_errors("cannot annotate", path), self._parent() as parent:
+            try:
+                with durable.open_directory(name, parent) as directory:
+                    durable.lock_shared(directory)
+                    with durable.open_file(directory, MANIFEST) as manifest:
+                        durable.lock_exclusive(manifest, wait=True)
+                        staged = staged_annotations_name(secrets.token_hex(8))
+                        durable.replace_file(directory, ANNOTATIONS, staged, change(LocalCheckpoint(path, directory)))
+            except FileNotFoundError as error:
+                raise CheckpointNotFoundError(f"{path} was removed meanwhile.", path=path) from error
+
+    def remove(self, name: str, spare: Callable[[LocalCheckpoint], bool] | None = None) -> bool:
+        """Remove a checkpoint; False when somebody is reading it, it is to be spared or gone, and nothing was done."""
         with storage_errors("cannot remove", os.path.join(self.path, name)), self._parent() as parent:
             try:
                 directory = durable.open_directory(name, parent)
@@ -312,6 +321,8 @@ class LocalStore:
                 if durable.lock_exclusive(directory) is Lock.BUSY:
                     return False
                 if not durable.is_same_directory(directory, parent, name):
+                    return False
+                if spare is not None and spare(LocalCheckpoint(os.path.join(self.path, name), directory)):
                     return False
                 trash = trash_name(name, secrets.token_hex(8))
                 durable.move_aside(parent, name, trash)

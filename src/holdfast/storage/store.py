@@ -5,7 +5,7 @@ It speaks of checkpoints, files and commits, never of paths and renames, so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from holdfast.format.manifest import FileRecord
@@ -117,11 +117,24 @@ class Store(Protocol):
     def log_lines(self) -> list[bytes]:
         """The lines of that log, oldest first; none where there is none."""
 
-    def annotate(self, name: str, data: bytes) -> None:
-        """Replace the annotations of a checkpoint atomically."""
+    def annotate(self, name: str, change: Callable[[StoredCheckpoint], bytes]) -> None:
+        """Replace the annotations of a checkpoint atomically.
 
-    def remove(self, name: str) -> bool:
-        """Remove a checkpoint; False when somebody is reading it and it was left."""
+        Args:
+            name: of the checkpoint.
+            change: returns the new ones. From its call on nobody else annotates or removes the checkpoint.
+
+        Raises:
+            CheckpointNotFoundError: it is gone.
+        """
+
+    def remove(self, name: str, spare: Callable[[StoredCheckpoint], bool] | None = None) -> bool:
+        """Remove a checkpoint; False when it was left: somebody is reading it, or it is to be spared.
+
+        Args:
+            name: of the checkpoint.
+            spare: asked last, when nobody can read or annotate it any more.
+        """
 
     def clean(self) -> list[str]:
         """Remove what dead writers left behind, as far as that is certain; returns the names removed."""

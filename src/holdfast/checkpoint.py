@@ -18,11 +18,12 @@ from holdfast.errors import (
     CorruptCheckpointError,
     Damage,
     FormatVersionError,
+    HoldfastError,
     UnsupportedValueError,
     storage_errors,
 )
+from holdfast.format import envelope, tree
 from holdfast.format import manifest as manifests
-from holdfast.format import tree
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import Annotations, FileRecord, Head, Manifest, TensorRecord
 from holdfast.format.names import (
@@ -31,12 +32,13 @@ from holdfast.format.names import (
     LOOP_ENTRY,
     MANIFEST,
     CheckpointName,
-    is_tensor_file_name,
 )
+from holdfast.format.strict_json import shown
 from holdfast.inspection import (
     annotations_damage,
+    content_damage,
     damaged_chunks,
-    header_damage,
+    open_data_file,
     read_annotations,
     structure_damage,
     unreadable,
@@ -167,7 +169,7 @@ class Checkpoint:
     def manifest(self) -> Manifest:
         """The whole manifest; CorruptCheckpointError when it is not what a manifest has to be."""
         with self._decoding():
-            return manifests.decode(self._data, os.path.join(self.path, MANIFEST))
+            return manifests.decode(self._data, os.path.join(self.path, MANIFEST), self._head)
 
     @property
     def annotations(self) -> Annotations:
@@ -190,7 +192,7 @@ class Checkpoint:
         """The saved state with everything but torch's own values decoded; tensors stand as ``Opaque`` leaves."""
         with self._decoding():
             return {
-                entry: tree.decode(node, tree.OpaqueLeaves())
+                entry: tree.decode(node, _ListedLeaves(self.manifest, entry))
                 for entry, node in self.manifest.state.items()
                 if not entry.startswith("_")
             }
@@ -208,7 +210,7 @@ class Checkpoint:
 
     def _own_entry(self, entry: str) -> Any:
         with self._decoding():
-            return tree.decode(self.manifest.state.get(entry), tree.OpaqueLeaves())
+            return tree.decode(self.manifest.state.get(entry), _ListedLeaves(self.manifest, entry))
 
     # ---------------------------------------------------------------------------------------------------- its bytes
 
@@ -235,7 +237,8 @@ class Checkpoint:
                 f"holdfast.load({self.path!r}, only={name!r}) gives a torch tensor.",
                 key=name,
             )
-        array = np.empty(record.shape, numpy_name)
+        with memory.enough_memory(name, record.nbytes):
+            array = np.empty(record.shape, numpy_name)
         wanted: dict[str, list[Read]] = {}
         for piece in record.pieces:
             box = box_of(array, piece.offset, piece.shape)
@@ -265,9 +268,18 @@ class Checkpoint:
         if not names:
             return
         with self._opened() as stored:
-            damage = [item for name in names for item in unreadable(stored, self.manifest, name)]
+            damage = unreadable(stored, self.manifest, names)
             if not damage:
-                jobs = [self._job(stored, name, wanted.get(name, ()), whole) for name in names]
+                jobs = [
+                    FileReads(
+                        name,
+                        functools.partial(open_data_file, stored, self.manifest, name),
+                        self.manifest.files[name],
+                        wanted.get(name, ()),
+                        whole,
+                    )
+                    for name in names
+                ]
                 damage = damaged_chunks(self.manifest, read_files(jobs, allocate=allocate))
         if damage:
             raise CorruptCheckpointError.at(self.path, damage, self.step)
@@ -280,10 +292,16 @@ class Checkpoint:
             CheckpointNotFoundError: the checkpoint was removed since it was opened.
         """
         with self._opened() as stored:
-            damage = [item for name in names for item in unreadable(stored, self.manifest, name)]
+            damage = unreadable(stored, self.manifest, names)
+            maps = {}
+            for name in () if damage else names:
+                try:
+                    maps[name] = stored.map_file(name, self.manifest.files[name].bytes)
+                except (FileNotFoundError, ValueError) as error:  # since the first look
+                    damage.append(Damage(name, str(error)))
             if damage:
                 raise CorruptCheckpointError.at(self.path, damage, self.step)
-            return {name: stored.map_file(name) for name in names}
+            return maps
 
     def verify(self, progress: Progress | None = None) -> None:
         """Read every byte and compare it with its checksum. Blocks.
@@ -292,24 +310,16 @@ class Checkpoint:
             progress: called with the number of bytes checked since its last call.
 
         Raises:
-            CorruptCheckpointError: lists all damage, not only the first.
+            CorruptCheckpointError: lists all damage, not only the first; of damaged chunks up to 10,000.
             CheckpointNotFoundError: the checkpoint was removed since it was opened.
         """
         with self._opened() as stored:
             damage = structure_damage(stored, self.manifest) + annotations_damage(stored)
             missing = {item.file for item in damage}
             readable = [name for name in self.manifest.files if name not in missing]
-            jobs = [self._job(stored, name, (), True) for name in readable]
-            damage += damaged_chunks(self.manifest, read_files(jobs, to_the_end=True, progress=progress))
-            broken = {item.file for item in damage}
-            for name in readable:
-                if name not in broken and is_tensor_file_name(name):
-                    damage += header_damage(stored, name, self.manifest)
+            damage += content_damage(stored, self.manifest, readable, progress)
         if damage:
             raise CorruptCheckpointError.at(self.path, damage, self.step)
-
-    def _job(self, stored: StoredCheckpoint, name: str, reads: Sequence[Read], whole: bool) -> FileReads:
-        return FileReads(name, functools.partial(stored.open_file, name), self.manifest.files[name], reads, whole)
 
     @contextmanager
     def _opened(self) -> Iterator[StoredCheckpoint]:
@@ -318,9 +328,8 @@ class Checkpoint:
             stored = self._store.open(self.name)
             try:
                 stored.lock()
-                current = _read_manifest(stored)
-                if current != self._data:
-                    _decode_head(current, self.path)  # raises where the manifest was damaged meanwhile
+                if not _holds_manifest(stored, self._data):
+                    _decode_head(_read_manifest(stored), self.path)  # raises where the manifest was damaged meanwhile
                     raise CheckpointNotFoundError(
                         f"{self.path} is another checkpoint now than when it was opened; open it again.", path=self.path
                     )
@@ -332,8 +341,25 @@ class Checkpoint:
     def _decoding(self) -> Iterator[None]:
         try:
             yield
+        except HoldfastError:  # a time zone that is not known here is no damage
+            raise
         except ValueError as error:
             raise CorruptCheckpointError.at(self.path, [Damage(MANIFEST, str(error))], self.step) from error
+
+
+class _ListedLeaves(tree.OpaqueLeaves):
+    """Leaves for looking at an entry; a tensor among them is one that the manifest lists."""
+
+    def __init__(self, manifest: Manifest, entry: str) -> None:
+        self._known = (manifest.tensors.get(entry, {}), manifest.aliases.get(entry, {}))
+
+    def decode(self, tag: str, body: Any) -> Any:
+        """An :class:`Opaque` leaf."""
+        if tag in tree.IN_FILES:
+            name = body[0] if tag == "$ndarray" and isinstance(body, list) and body else body
+            if not isinstance(name, str) or not any(name in names for names in self._known):
+                raise ValueError(f"the tree refers to {shown(name)}, which the manifest does not list")
+        return super().decode(tag, body)
 
 
 def reopen_checkpoint(store: Store, name: str, manifest: bytes) -> Checkpoint:
@@ -434,11 +460,16 @@ def _why_not_found(path: str) -> str:
     return f"{path} has no {MANIFEST}: it is not a checkpoint."
 
 
+def _holds_manifest(stored: StoredCheckpoint, data: bytes) -> bool:
+    try:
+        return stored.is_whole(MANIFEST, data)
+    except ValueError:  # reading it says what is wrong
+        return False
+
+
 def _read_manifest(stored: StoredCheckpoint) -> bytes:
     try:
-        return stored.read_whole(MANIFEST, manifests.MAX_MANIFEST_BYTES)
-    except CorruptCheckpointError:
-        raise
+        return stored.read_whole(MANIFEST, manifests.MAX_MANIFEST_BYTES, envelope.BEGIN)
     except ValueError as error:
         raise CorruptCheckpointError.at(stored.path, [Damage(MANIFEST, str(error))]) from error
 

@@ -18,7 +18,6 @@ from holdfast.format.names import MANIFEST
 from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor, fill, map_leaves
 from holdfast.state.report import RestoreReport
 from holdfast.state.restore import restore_state
-from holdfast.state.tensors import new_tensor
 
 _ABSENT = object()
 
@@ -212,7 +211,7 @@ class _Targets:
     def place(self, value: Any) -> Any:
         """``value`` with new tensors in place of saved ones, to be filled by ``copies``."""
         if isinstance(value, SavedTensor):
-            return self._make(value, lambda: new_tensor(value.record, self._device))
+            return self._make(value, lambda: value.new(self._device))
         if isinstance(value, SavedArray):
             return self._make(value, value.new)
         if isinstance(value, dict):

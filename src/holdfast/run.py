@@ -22,10 +22,14 @@ from holdfast.errors import (
     UsageError,
 )
 from holdfast.format import manifest as manifests
+from holdfast.format import strict_json
 from holdfast.format.manifest import Annotations
 from holdfast.format.names import CheckpointName
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import StoredCheckpoint
+
+_EVENTS_BYTES = 128 * 2**20
+_LINE_BYTES = 2000  # for the time that a line takes, however short
 
 _logger = logging.getLogger("holdfast")
 
@@ -212,13 +216,21 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         """What is known of past saves, oldest first: when, why, and what each cost (see ``SaveReport``).
 
-        Lines that cannot be read are left out; no checkpoint depends on them.
+        Lines that cannot be read are left out; no checkpoint depends on them. Of a log longer than 8 MiB only the last
+        events are given, as many as fit a bounded amount of memory: tens of thousands.
         """
-        found = []
-        for line in self.store.log_lines():
-            with contextlib.suppress(msgspec.MsgspecError):
-                found.append(msgspec.json.decode(line, type=dict[str, Any]))
-        return found
+        found: list[dict[str, Any]] = []
+        left_bytes = _EVENTS_BYTES
+        try:
+            for line in self.store.log_lines():
+                left_bytes -= _LINE_BYTES + strict_json.cost_bytes(line)
+                if left_bytes < 0:
+                    break
+                with contextlib.suppress(ValueError):
+                    found.append(strict_json.decode(line, dict[str, Any]))
+        except ValueError as error:
+            _logger.warning("%s: %s; what saves cost is not known.", self.path, error)
+        return found[::-1]
 
     def _annotate(self, checkpoint: Checkpoint, change: Callable[[Annotations], Annotations]) -> Checkpoint:
         """Change what is there at that moment, which is not always what ``checkpoint`` was opened with."""

@@ -368,7 +368,36 @@ def test_reading_limits(store: LocalStore, commit: Commit) -> None:
         stored.read_whole("manifest.json", 7)
     with pytest.raises(FileNotFoundError):
         stored.read_whole("nothing", 7)
-    assert sorted(stored.names()) == ["manifest.json", "model.safetensors"]
+    assert sorted(stored.names(3)) == ["manifest.json", "model.safetensors"]
+    assert len(stored.names(1)) == 1
+
+
+def test_a_file_that_begins_otherwise_is_not_read(store: LocalStore, commit: Commit) -> None:
+    """Nothing is made for the rest of it: one that is a hole may have any size."""
+    commit(store, 1)
+    stored = store.open(ONE)
+    assert stored.read_whole("manifest.json", 8, b"mani") == b"manifest"
+    with pytest.raises(ValueError, match=r"manifest\.json does not begin with x"):
+        stored.read_whole("manifest.json", 8, b"x")
+
+
+def test_comparing_a_file(store: LocalStore, commit: Commit) -> None:
+    """It is whole when it holds what is expected and nothing else."""
+    commit(store, 1)
+    stored = store.open(ONE)
+    assert [stored.is_whole("manifest.json", data) for data in (b"manifest", b"manifesT", b"manifest.", b"")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_mapped_file_of_another_size(store: LocalStore, commit: Commit) -> None:
+    """Is compared when it is open, and not mapped."""
+    commit(store, 1)
+    with pytest.raises(ValueError, match="has 4 bytes, expected 5"):
+        store.open(ONE).map_file("model.safetensors", 5)
 
 
 def test_reading_past_the_end(store: LocalStore, commit: Commit) -> None:
@@ -485,7 +514,7 @@ def test_a_mapped_file(store: LocalStore, commit: Commit) -> None:
     """Its bytes, as long as somebody looks at them, also when the checkpoint is gone."""
     commit(store, 1)
     stored = store.open(ONE)
-    view = stored.map_file("model.safetensors")
+    view = stored.map_file("model.safetensors", 4)
     stored.close()
     store.remove(ONE)
     commit(store, 1, b"other")
@@ -495,7 +524,7 @@ def test_a_mapped_file(store: LocalStore, commit: Commit) -> None:
 def test_writing_to_a_mapped_file(store: LocalStore, commit: Commit, contents: Contents) -> None:
     """Changes a private copy."""
     commit(store, 1)
-    view = store.open(ONE).map_file("model.safetensors")
+    view = store.open(ONE).map_file("model.safetensors", 4)
     view[:] = b"mine"
     assert (bytes(view), contents(store)) == (b"mine", {ONE: whole()})
 

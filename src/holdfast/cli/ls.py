@@ -110,7 +110,7 @@ def _row(entry: Checkpoint | Broken, marks: dict[str, list[str]]) -> tuple[list[
             entry.reason,
             ", ".join(marks[entry.name]),
         ]
-    return [Text(cell) for cell in cells], "red" if isinstance(entry, Broken) else None
+    return [Text(output.plain(cell)) for cell in cells], "red" if isinstance(entry, Broken) else None
 
 
 def _step(step: int, generation: int) -> str:

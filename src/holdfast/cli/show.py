@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint import Checkpoint, TensorInfo
 
 _LONGEST_VALUE = 60
+_MOST_LINES = 2000
 
 
 def command(
@@ -48,7 +49,7 @@ def _open(path: Path) -> Checkpoint:
 def _as_json(found: Checkpoint) -> dict[str, Any]:
     return {
         **output.summary(found),
-        "environment": found.environment,
+        "environment": output.AsItIs(found.environment),
         "config": found.config,
         "origin": found.loop.get("origin"),
         "files": {name: record.bytes for name, record in found.manifest.files.items()},
@@ -56,7 +57,9 @@ def _as_json(found: Checkpoint) -> dict[str, Any]:
             name: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes, "alias_of": info.alias_of}
             for name, info in found.tensors.items()
         },
-        "state": {entry: node for entry, node in found.manifest.state.items() if not entry.startswith("_")},
+        "state": {
+            entry: output.AsItIs(node) for entry, node in found.manifest.state.items() if not entry.startswith("_")
+        },
     }
 
 
@@ -67,19 +70,21 @@ def _print(found: Checkpoint) -> None:
 
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(found):
-        facts.add_row(f"[bold]{name}[/bold]", escape(value))
+        facts.add_row(f"[bold]{name}[/bold]", escape(output.plain(value)))
     tree = Tree("[bold]state[/bold]")
-    tensors = found.tensors
+    grower = _Grower(found.tensors)
     for entry, value in found.state_tree().items():
-        own = [info for name, info in tensors.items() if name.startswith(f"{entry}/") and info.alias_of is None]
-        total = output.size(sum(info.nbytes for info in own))
-        branch = tree.add(f"[bold]{escape(entry)}[/bold]" + (f"  {len(own)} tensors, {total}" if own else ""))
-        _grow(branch, value, entry, tensors)
+        own = found.manifest.tensors[entry].values()
+        total = output.size(sum(record.nbytes for record in own))
+        label = f"[bold]{escape(output.plain(entry))}[/bold]" + (f"  {len(own)} tensors, {total}" if own else "")
+        grower.grow(tree, label, value, entry)
     if found.config is not None:
-        _grow(tree.add("[bold]config[/bold]"), found.config, "config", {})
+        grower.grow(tree, "[bold]config[/bold]", found.config, "config")
     console = output.console()
     console.print(facts)
     console.print(tree)
+    if grower.left <= 0:
+        console.print(f"This is the beginning of it, {_MOST_LINES} lines; --json shows all.")
 
 
 def _facts(found: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -97,8 +102,8 @@ def _facts(found: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "run", found.run_id
     yield "parent", _parent(found)
     origin = found.loop.get("origin")
-    if origin is not None:
-        yield "began with", f"{origin['checkpoint_id']} (step {origin['step']} of run {origin['run_id']})"
+    if isinstance(origin, Mapping):
+        yield "began with", "{} (step {} of run {})".format(*map(origin.get, ("checkpoint_id", "step", "run_id")))
     yield "environment", "  ".join(f"{name}={value}" for name, value in found.environment.items() if value is not None)
     files = found.manifest.files
     yield "files", "  ".join(f"{name} ({output.size(record.bytes)})" for name, record in files.items())
@@ -116,17 +121,47 @@ def _parent(found: Checkpoint) -> str:
     return found.parent
 
 
-def _grow(branch: Tree, value: Any, entry: str, tensors: Mapping[str, TensorInfo]) -> None:
-    from rich.markup import escape
+class _Grower:
+    """Draws values as a tree, up to a number of lines."""
 
-    if not _is_nested(value):
-        branch.add(_leaf(value, entry, tensors))
-        return
-    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-        if _is_nested(item):
-            _grow(branch.add(escape(str(key))), item, entry, tensors)
-        else:
-            branch.add(f"{escape(str(key))}: {_leaf(item, entry, tensors)}")
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.left = _MOST_LINES
+        self._tensors = tensors
+
+    def grow(self, tree: Tree, label: str, value: Any, entry: str) -> None:
+        """Add a value that stands under ``label``."""
+        from rich.markup import escape
+
+        self.left -= 1
+        if self.left <= 0:
+            return
+        branch = tree.add(label)
+        if not _is_nested(value):
+            branch.add(self._leaf(value, entry))
+            return
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            name = escape(output.plain(key) if isinstance(key, str) else output.plain_repr(key))
+            if _is_nested(item):
+                self.grow(branch, name, item, entry)
+            elif self.left > 0:
+                branch.add(f"{name}: {self._leaf(item, entry)}")
+                self.left -= 1
+            if self.left <= 0:
+                return
+
+    def _leaf(self, value: Any, entry: str) -> str:
+        from rich.markup import escape
+
+        from holdfast.format.tree import IN_FILES, Opaque
+
+        if isinstance(value, Opaque) and value.tag in IN_FILES:
+            name = value.body if isinstance(value.body, str) else value.body[0]
+            info = self._tensors.get(f"{entry}/{name}")
+            if info is not None:
+                tied = f" = {info.alias_of}" if info.alias_of else ""
+                return f"[cyan]{info.dtype} {list(info.shape)}[/cyan]{escape(output.plain(tied))}"
+        text = output.plain_repr(value)
+        return escape(text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}...")
 
 
 def _is_nested(value: Any) -> bool:
@@ -136,17 +171,3 @@ def _is_nested(value: Any) -> bool:
     if isinstance(value, Mapping):
         return bool(value)
     return isinstance(value, (list, tuple)) and any(isinstance(part, (Mapping, list, tuple, Opaque)) for part in value)
-
-
-def _leaf(value: Any, entry: str, tensors: Mapping[str, TensorInfo]) -> str:
-    from rich.markup import escape
-
-    from holdfast.format.tree import Opaque
-
-    if isinstance(value, Opaque) and value.tag in ("$tensor", "$ndarray"):
-        name = value.body if isinstance(value.body, str) else value.body[0]
-        info = tensors[f"{entry}/{name}"]
-        tied = f" = {info.alias_of}" if info.alias_of else ""
-        return f"[cyan]{info.dtype} {list(info.shape)}[/cyan]{escape(tied)}"
-    text = repr(value)
-    return escape(text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}...")

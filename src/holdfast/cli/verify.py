@@ -104,13 +104,16 @@ def _print(found: list[dict[str, Any]], nbytes: int, seconds: float) -> None:
     console = output.console()
     for item in found:
         if not item["damage"]:
-            console.print(f"[green]intact[/green]   {escape(item['path'])}")
+            console.print(f"[green]intact[/green]   {escape(output.plain(item['path']))}")
             continue
-        console.print(f"[red]damaged[/red]  {escape(item['path'])}")
-        for damage in item["damage"]:
+        console.print(f"[red]damaged[/red]  {escape(output.plain(item['path']))}")
+        for damage in item["damage"][: output.MOST_LINES]:
             chunk = "" if damage.get("chunk") is None else f", chunk {damage['chunk']}"
             tensors = ", ".join(damage.get("tensors", ()))
             place = f"{damage['file']}{chunk}: " if "file" in damage else ""
-            console.print(escape(f"    {place}{damage['what']}" + (f" (tensors: {tensors})" if tensors else "")))
+            shown = f"{place}{damage['what']}" + (f" (tensors: {tensors})" if tensors else "")
+            console.print(escape(f"    {output.plain(shown)}"))
+        if len(item["damage"]) > output.MOST_LINES:
+            console.print(f"    and {len(item['damage']) - output.MOST_LINES} more, which --json lists")
     speed = f", {output.size(nbytes / seconds)}/s" if seconds > 0 and nbytes else ""
     console.print(f"{len(found)} checked, {output.size(nbytes)} read in {seconds:.1f} s{speed}")

@@ -7,9 +7,10 @@ and there are many.
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,18 +19,35 @@ from holdfast.errors import FormatVersionError, UsageError
 from holdfast.format import envelope, strict_json, tree
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import MAX_STEP, is_data_file_name, is_entry_name
+from holdfast.format.strict_json import cut, shown
 
 FORMAT = "holdfast/1"
 CHUNK_BYTES = 2 * 2**20
-MAX_MANIFEST_BYTES = 2**30
-MAX_ANNOTATIONS_BYTES = 2**24
+MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_ANNOTATIONS_BYTES = 16 * 2**20
+MAX_MANIFEST_COST_BYTES = 192 * 2**20
+"""What a manifest may take in memory, by the estimate of :func:`holdfast.format.strict_json.cost_bytes`."""
+MAX_COST_A_BYTE = 16
+"""A manifest that is large itself may take so many times its size: those of real checkpoints take seven to fourteen."""
+MAX_STATE_MARKS = 1_000_000
+"""How many ``, : [ {`` the trees of a state may have together: AdamW on 50,000 parameters, decoded in a second."""
+MAX_ANNOTATIONS_COST_BYTES = 48 * 2**20
 MAX_DIMENSIONS = 64
+MAX_FILES = 10_000
+MAX_CORNERS = 2**19
+"""Of all pieces of tensors that are cut, together: two for each dimension that is cut, multiplied."""
 _MAX_BYTES = 2**63 - 1
 _MAX_ELEMENTS = _MAX_BYTES // 16  # of the widest type
-_MAX_CHUNK_BYTES = 2**30
+_MAX_CHUNK_BYTES = 64 * 2**20
+# A value of the typed tree beside the JSON that it is decoded from: a mark of a tag may begin a deque, a byte of text
+# may be one of base64.
+_VALUE_BYTES_A_BYTE = 1
+_VALUE_BYTES_A_MARK = 70
 _MEMORY_FORMATS = {"contiguous": None, "channels_last": 4, "channels_last_3d": 5}  # and the dimensions each needs
 _ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _SUPPORTED_BY = {FORMAT: "0.1"}
+_NUMBER_TAGS = frozenset({"$float", "$int"})
+_Spans = dict[str, list[tuple[int, int]]]  # by file, where the bytes of tensors begin and end
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
@@ -132,7 +150,45 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     environment: dict[str, Any]
 
 
-_Kind = TypeVar("_Kind", Manifest, Head)
+class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The other half: the long parts of a manifest, without those that are in its head already."""
+
+    format: str
+    checkpoint_id: msgspec.Raw
+    run_id: msgspec.Raw
+    parent: msgspec.Raw
+    step: msgspec.Raw
+    epoch: msgspec.Raw
+    created_at: msgspec.Raw
+    reason: msgspec.Raw
+    metrics: msgspec.Raw
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, TensorRecord]]
+    aliases: dict[str, dict[str, str]]
+    files: msgspec.Raw
+    environment: msgspec.Raw
+
+
+class _Parts(msgspec.Struct, frozen=True):
+    """A manifest that is not looked into: where each of its parts is."""
+
+    format: msgspec.Raw
+    checkpoint_id: msgspec.Raw
+    run_id: msgspec.Raw
+    parent: msgspec.Raw
+    step: msgspec.Raw
+    epoch: msgspec.Raw
+    created_at: msgspec.Raw
+    reason: msgspec.Raw
+    metrics: msgspec.Raw
+    state: msgspec.Raw
+    tensors: msgspec.Raw
+    aliases: msgspec.Raw
+    files: msgspec.Raw
+    environment: msgspec.Raw
+
+
+_Kind = TypeVar("_Kind", _Body, Head)
 
 
 class Annotations(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -147,30 +203,78 @@ def encode(manifest: Manifest) -> bytes:
     """The bytes of ``manifest.json``.
 
     Raises:
-        UsageError: they would be more than a reader takes.
+        UsageError: they, or what they would be decoded to, would be more than a reader takes.
     """
-    data = envelope.seal("manifest", msgspec.json.encode(manifest))
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise UsageError(
-            f"the values beside the tensors take {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} that a manifest "
-            "may have; put large lists, texts and bytes into arrays."
+    inner = msgspec.json.encode(manifest)
+    data = envelope.seal("manifest", inner)
+    try:
+        _require(
+            len(data) <= MAX_MANIFEST_BYTES, f"has {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} that it may"
         )
+        strict_json.check_digits(inner)
+        _check_size(inner)
+        _check_files(manifest)
+    except ValueError as error:
+        largest = max(manifest.state, key=lambda entry: len(msgspec.json.encode(manifest.state[entry])), default="")
+        raise UsageError(
+            f"the manifest, with all values beside the tensors, {error} have; put large lists, texts and bytes into "
+            f"arrays. Most of them are in the entry {largest!r}.",
+            key=largest,
+        ) from error
     return data
 
 
-def decode(data: bytes, path: str) -> Manifest:
+def _check_size(inner: bytes | memoryview) -> None:
+    """Refuse a manifest that takes much memory or time to decode, by an estimate of what there is at most.
+
+    Part by part, for text in one needs no more because of a character in another.
+    """
+    try:
+        parts = msgspec.json.decode(inner, type=_Parts)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not the JSON expected here: {error}") from error
+    texts = [memoryview(getattr(parts, name)) for name in _Parts.__struct_fields__]
+    state = memoryview(parts.state)
+    marks = strict_json.marks(state)
+    _require(
+        marks <= MAX_STATE_MARKS, f"has {marks} of ',:[{{' in its state, more than the {MAX_STATE_MARKS} that it may"
+    )
+    values_bytes = _VALUE_BYTES_A_BYTE * len(state) + _VALUE_BYTES_A_MARK * marks
+    limit_bytes = max(MAX_MANIFEST_COST_BYTES, MAX_COST_A_BYTE * len(inner))
+    _check_cost(sum(map(strict_json.cost_bytes, texts)) + values_bytes, limit_bytes)
+
+
+def decode(data: bytes, path: str, head: Head | None = None) -> Manifest:
     """The manifest in ``data``, checked as far as that goes without its files.
 
     Args:
         data: the bytes of ``manifest.json``.
         path: where they were found, for errors.
+        head: its head, where that is decoded already; what it holds is not made again.
 
     Raises:
         ValueError: what is wrong with it.
         FormatVersionError: it was written in another version of the format.
     """
-    manifest = _decoded(data, path, Manifest)
-    _check(manifest)
+    head = decode_head(data, path) if head is None else head
+    body = _decoded(data, path, _Body)
+    manifest = Manifest(
+        format=head.format,
+        checkpoint_id=head.checkpoint_id,
+        run_id=head.run_id,
+        parent=head.parent,
+        step=head.step,
+        epoch=head.epoch,
+        created_at=head.created_at,
+        reason=head.reason,
+        metrics=head.metrics,
+        state=body.state,
+        tensors=body.tensors,
+        aliases=body.aliases,
+        files=head.files,
+        environment=head.environment,
+    )
+    _check_body(manifest)
     return manifest
 
 
@@ -182,13 +286,25 @@ def decode_head(data: bytes, path: str) -> Head:
 
 
 def encode_annotations(annotations: Annotations) -> bytes:
-    """The bytes of ``annotations.json``."""
-    return envelope.seal("annotations", msgspec.json.encode(annotations))
+    """The bytes of ``annotations.json``.
+
+    Raises:
+        UsageError: they would be more than a reader takes.
+    """
+    inner = msgspec.json.encode(annotations)
+    data = envelope.seal("annotations", inner)
+    if len(data) > MAX_ANNOTATIONS_BYTES or strict_json.cost_bytes(inner) > MAX_ANNOTATIONS_COST_BYTES:
+        raise UsageError(
+            f"metrics and tags take {len(data)} bytes, more than annotations may have; put large ones into the state."
+        )
+    return data
 
 
 def decode_annotations(data: bytes) -> Annotations:
     """The annotations in ``data``; ValueError says what is wrong."""
-    annotations = strict_json.decode(envelope.unseal("annotations", data), Annotations)
+    inner = envelope.unseal("annotations", data)
+    _check_cost(strict_json.cost_bytes(inner), MAX_ANNOTATIONS_COST_BYTES)
+    annotations = strict_json.decode(inner, Annotations)
     _check_metrics(annotations.metrics)
     return annotations
 
@@ -196,6 +312,9 @@ def decode_annotations(data: bytes) -> Annotations:
 def _decoded(data: bytes, path: str, kind: type[_Kind]) -> _Kind:
     inner = envelope.unseal("manifest", data)
     try:
+        if kind is Head:
+            strict_json.check_digits(inner)
+            _check_size(inner)
         decoded = strict_json.decode(inner, kind)
     except ValueError:
         _check_version(inner, path)  # another version may have other fields, and says so better
@@ -205,22 +324,28 @@ def _decoded(data: bytes, path: str, kind: type[_Kind]) -> _Kind:
     return decoded
 
 
+def _check_cost(cost_bytes: int, limit_bytes: int) -> None:
+    _require(
+        cost_bytes <= limit_bytes, f"takes up to {cost_bytes} bytes of memory, more than the {limit_bytes} that it may"
+    )
+
+
 class _Version(msgspec.Struct):
     format: str
 
 
-def _check_version(inner: bytes, path: str) -> None:
+def _check_version(inner: memoryview, path: str) -> None:
     found = _version(inner)
     if found != FORMAT:
         raise FormatVersionError(
-            f"{path} is in format {found!r}; this Holdfast reads {', '.join(_SUPPORTED_BY)}. "
+            f"{path} is in format {shown(found)}; this Holdfast reads {', '.join(_SUPPORTED_BY)}. "
             "A newer Holdfast wrote it: upgrade to read it (pip install --upgrade holdfast). It was left as it is.",
             path=path,
             key="format",
         )
 
 
-def _version(inner: bytes) -> str:
+def _version(inner: memoryview) -> str:
     """The ``format`` field alone, whatever else the object holds."""
     try:
         return msgspec.json.decode(inner, type=_Version).format
@@ -228,23 +353,34 @@ def _version(inner: bytes) -> str:
         raise ValueError(f"not a manifest: {error}") from error
 
 
-def _check(manifest: Manifest) -> None:
-    """Refuse whatever the types alone do not."""
-    _check_head(manifest)
+def _check_body(manifest: Manifest) -> None:
+    """Refuse whatever the types alone do not, of what is not in the head."""
     _require(set(manifest.state) == set(manifest.tensors), "state and tensors name different entries")
+    _check_twins(manifest.state)
+    spans: _Spans = {name: [] for name in manifest.files}
+    corners = 0
     for entry, tensors in manifest.tensors.items():
-        _require(entry.startswith("_") or is_entry_name(entry), f"{entry!r} is not the name of an entry")
+        _require(is_entry_name(entry.removeprefix("_")), f"{shown(entry)} is not the name of an entry")
         for name, record in tensors.items():
-            problem = _tensor_problem(record, manifest.files)
+            problem = _tensor_problem(record, manifest.files, spans)
+            if problem is None and len(record.pieces) > 1:
+                corners += _corners(record)
+                problem = _pieces_problem(record) if corners <= MAX_CORNERS else "is cut in too many dimensions"
             if problem is not None:
-                raise ValueError(f"{entry}/{name}: {problem}")
+                raise ValueError(f"{entry}/{cut(name)}: {problem}")
+    for file, found in spans.items():
+        found.sort()
+        for (_, end), (begin, _) in itertools.pairwise(found):
+            if begin < end:
+                raise ValueError(f"{file}: two tensors have the bytes {begin} to {end}")
     for entry, aliases in manifest.aliases.items():
         known = manifest.tensors.get(entry, {})
         for alias, name in aliases.items():
-            _require(name in known and alias not in known, f"{entry}/{alias} is an alias of no tensor")
+            if name not in known or alias in known:
+                raise ValueError(f"{cut(entry)}/{cut(alias)} is an alias of no tensor")
 
 
-def _check_head(manifest: Manifest | Head) -> None:
+def _check_head(manifest: Head) -> None:
     _require(0 <= manifest.step <= MAX_STEP, f"step {manifest.step} is out of range")
     _require(0 <= manifest.epoch <= MAX_STEP, f"epoch {manifest.epoch} is out of range")
     for name, value in (
@@ -252,25 +388,48 @@ def _check_head(manifest: Manifest | Head) -> None:
         ("run_id", manifest.run_id),
         ("parent", manifest.parent),
     ):
-        _require(value is None or _ID.fullmatch(value) is not None, f"{name}: expected 32 hex digits, found {value!r}")
+        if value is not None and _ID.fullmatch(value) is None:
+            raise ValueError(f"{name}: expected 32 hex digits, found {shown(value)}")
     _check_time(manifest.created_at)
     _check_metrics(manifest.metrics)
+    _check_files(manifest)
+    _check_twins(manifest.files)
     for name, file in manifest.files.items():
-        _require(is_data_file_name(name), f"{name!r} is not the name of a data file")
+        _require(is_data_file_name(name), f"{shown(name)} is not the name of a data file")
         _check_file(name, file)
 
 
+def _check_files(manifest: Manifest | Head) -> None:
+    found = len(manifest.files)
+    _require(found <= MAX_FILES, f"{found} files, more than the {MAX_FILES} that there may be")
+
+
+def _check_twins(names: Iterable[str]) -> None:
+    """One name where the file system ignores case."""
+    seen: dict[str, str] = {}
+    for name in names:
+        twin = seen.setdefault(name.casefold(), name)
+        if twin is not name:
+            raise ValueError(f"{shown(twin)} and {shown(name)} differ in case alone")
+
+
 def _check_metrics(metrics: Mapping[str, Any]) -> None:
-    _require(not any(name.startswith("$") for name in metrics), f"metrics: {sorted(metrics)} are not names")
-    tree.decode(dict(metrics), tree.OpaqueLeaves())
+    """Numbers and text: each is a single value, for they are decoded wherever checkpoints are listed."""
+    for name, node in metrics.items():
+        if name.startswith("$"):
+            raise ValueError(f"metrics: {shown(name)} is not a name")
+        if isinstance(node, dict) and len(node) == 1 and not node.keys().isdisjoint(_NUMBER_TAGS):
+            tree.decode(node, tree.OpaqueLeaves())
+        elif not isinstance(node, (bool, int, float, str)):
+            raise ValueError(f"metrics: {shown(name)} is neither a number nor text")
 
 
 def _check_time(text: str) -> None:
     try:
         zone = datetime.datetime.fromisoformat(text).utcoffset()
     except ValueError as error:
-        raise ValueError(f"created_at: {error}") from error
-    _require(zone == datetime.timedelta(), f"created_at: expected a time in UTC, found {text!r}")
+        raise ValueError(f"created_at: expected a time, found {shown(text)}") from error
+    _require(zone == datetime.timedelta(), f"created_at: expected a time in UTC, found {shown(text)}")
 
 
 def _check_file(name: str, file: FileRecord) -> None:
@@ -281,66 +440,102 @@ def _check_file(name: str, file: FileRecord) -> None:
     _require(all(map(_ID.fullmatch, file.xxh3_128)), f"{name}: a checksum is not 32 hex digits")
 
 
-def _tensor_problem(record: TensorRecord, files: Mapping[str, FileRecord]) -> str | None:
-    """What is wrong with a tensor's record.
+def _tensor_problem(record: TensorRecord, files: Mapping[str, FileRecord], spans: _Spans) -> str | None:
+    """What is wrong with a tensor's record, but for how its pieces fit together; notes where in its files it lies.
 
     Says so in words only where something is: a run of a thousand checkpoints has half a million tensors to be listed.
     """
     shape = record.shape
     dtype = DTYPES.get(record.dtype)
     if dtype is None:
-        return f"unknown dtype {record.dtype!r}"
+        return f"unknown dtype {shown(record.dtype)}"
     if not is_shape(shape):
-        return f"impossible shape {shape}"
+        return f"impossible shape {shown(shape)}"
     if record.memory_format not in _MEMORY_FORMATS:
-        return f"unknown memory format {record.memory_format!r}"
+        return f"unknown memory format {shown(record.memory_format)}"
     if _MEMORY_FORMATS[record.memory_format] not in (None, len(shape)):
         return f"{record.memory_format} of shape {shape}"
+    return _places_problem(record, dtype.itemsize, files, spans)
+
+
+def _places_problem(record: TensorRecord, itemsize: int, files: Mapping[str, FileRecord], spans: _Spans) -> str | None:
+    """Why the pieces do not lie in their tensor and files."""
+    shape = record.shape
     if not record.pieces:
         return "has no pieces"
+    whole = len(record.pieces) == 1
     for piece in record.pieces:
         if piece.file not in files:
-            return f"lies in {piece.file!r}, which the manifest does not list"
-        end = piece.begin + math.prod(piece.shape) * dtype.itemsize
+            return f"lies in {shown(piece.file)}, which the manifest does not list"
+        if not (whole and piece.shape == shape and not piece.offset):
+            problem = _piece_problem(record, piece)
+            if problem is not None:
+                return problem
+        end = piece.begin + math.prod(piece.shape) * itemsize
         if piece.begin < 0 or end > files[piece.file].bytes:
             return f"lies outside {piece.file}"
-    first = record.pieces[0]
-    if len(record.pieces) == 1 and first.shape == shape and not first.offset:
-        return None
-    return _pieces_problem(record)
+        if end > piece.begin:
+            spans[piece.file].append((piece.begin, end))
+    if whole and record.pieces[0].shape != shape:
+        return f"its pieces cover {math.prod(record.pieces[0].shape)} elements of {shape}"
+    return None
+
+
+def _piece_problem(record: TensorRecord, piece: Piece) -> str | None:
+    """Why a piece is no box of its tensor."""
+    offset = piece.offset or (0,) * len(record.shape)
+    within = (
+        is_shape(piece.shape)
+        and len(piece.shape) == len(offset) == len(record.shape)
+        and all(
+            start >= 0 and start + size <= whole
+            for start, size, whole in zip(offset, piece.shape, record.shape, strict=True)
+        )
+    )
+    return None if within else f"a piece of shape {shown(piece.shape)} at {shown(offset)} is not within {record.shape}"
 
 
 def _pieces_problem(record: TensorRecord) -> str | None:
-    """Why the pieces do not make up the whole, each element once."""
-    for piece in record.pieces:
-        offset = piece.offset or (0,) * len(record.shape)
-        within = (
-            is_shape(piece.shape)
-            and len(piece.shape) == len(offset) == len(record.shape)
-            and all(
-                start >= 0 and start + size <= whole
-                for start, size, whole in zip(offset, piece.shape, record.shape, strict=True)
-            )
-        )
-        if not within:
-            return f"a piece of shape {piece.shape} at {offset} is not within {record.shape}"
+    """Why the pieces, each a box within it, do not make up the whole, each element once."""
     covered = sum(math.prod(piece.shape) for piece in record.pieces)
     if covered != math.prod(record.shape):
         return f"its pieces cover {covered} elements of {record.shape}"
     # Of the right volume and without an overlap, they leave no hole either.
-    return "its pieces overlap" if _overlap(record.pieces) else None
+    return None if _tile(record) else "its pieces overlap"
 
 
-def _overlap(pieces: Sequence[Piece]) -> bool:
-    """Whether any two boxes share an element."""
-    boxes = sorted((piece.offset or (0,) * len(piece.shape), piece.shape) for piece in pieces if math.prod(piece.shape))
-    for index, (offset, shape) in enumerate(boxes):
-        for other, size in boxes[index + 1 :]:
-            if other and other[0] >= offset[0] + shape[0]:
-                break  # sorted by where they start: no later one reaches back to this one
-            if all(a < b + n and b < a + m for a, m, b, n in zip(offset, shape, other, size, strict=True)):
-                return True
-    return False
+def _cut_dimensions(record: TensorRecord) -> list[int]:
+    """The dimensions that some piece does not span from end to end."""
+    return [
+        dimension
+        for dimension, whole in enumerate(record.shape)
+        if any(piece.shape[dimension] != whole for piece in record.pieces)
+    ]
+
+
+def _corners(record: TensorRecord) -> int:
+    """How many corners its pieces have, in the dimensions that are cut: what it takes to compare them."""
+    return len(record.pieces) << len(_cut_dimensions(record))
+
+
+def _tile(record: TensorRecord) -> bool:
+    """Whether the pieces cover the whole, each element once.
+
+    A box is the sum of what begins at each of its corners, with the sign of the corner: -1 for each dimension in which
+    it lies at the end. So boxes add up to the whole exactly if their corners, with signs, add up to those of the whole.
+    """
+    cut = _cut_dimensions(record)
+    left: dict[tuple[int, ...], int] = {}
+    origin = (0,) * len(record.shape)
+    boxes = [(piece.offset or origin, piece.shape, 1) for piece in record.pieces if 0 not in piece.shape]
+    if 0 not in record.shape:
+        boxes.append((origin, record.shape, -1))
+    for offset, shape, sign in boxes:
+        ends = [((offset[axis], 1), (offset[axis] + shape[axis], -1)) for axis in cut]
+        for corner in itertools.product(*ends):
+            place = tuple(at for at, _ in corner)
+            left[place] = left.get(place, 0) + sign * math.prod(factor for _, factor in corner)
+    return not any(left.values())
 
 
 def is_shape(shape: tuple[Any, ...]) -> bool:

@@ -15,9 +15,12 @@ import msgspec
 from holdfast.errors import UsageError
 from holdfast.format import strict_json
 from holdfast.format.dtypes import CODE_ITEMSIZE
+from holdfast.format.strict_json import cut, shown
 
 ALIGNMENT = 4096
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER_BYTES = 16 * 2**20  # a hundred thousand tensors; the safetensors library takes 100 MB
+MAX_HEADER_COST_BYTES = 96 * 2**20
+"""What a header may take in memory, by the estimate of :func:`holdfast.format.strict_json.cost_bytes`."""
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 
@@ -70,7 +73,7 @@ def plan(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[
         begin += nbytes
     text = msgspec.json.encode(header)
     length = -(-(_LENGTH_BYTES + len(text)) // ALIGNMENT) * ALIGNMENT - _LENGTH_BYTES
-    if length > MAX_HEADER_BYTES:
+    if length > MAX_HEADER_BYTES or strict_json.cost_bytes(text) > MAX_HEADER_COST_BYTES:
         raise UsageError(f"the names and shapes of {len(ordered)} tensors do not fit one safetensors header.")
     prefix = length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length)
     placed = []
@@ -81,7 +84,7 @@ def plan(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[
     return Layout(prefix, tuple(placed), dict(metadata))
 
 
-def header_length(first_bytes: bytes, file_bytes: int) -> int:
+def header_length(first_bytes: bytes | bytearray | memoryview, file_bytes: int) -> int:
     """How many bytes length and header take, read from the first eight; ValueError when that cannot be."""
     if len(first_bytes) < _LENGTH_BYTES:
         raise ValueError(f"expected at least {_LENGTH_BYTES} bytes, found {len(first_bytes)}")
@@ -91,13 +94,16 @@ def header_length(first_bytes: bytes, file_bytes: int) -> int:
     return _LENGTH_BYTES + length
 
 
-def parse(prefix: bytes, file_bytes: int) -> Layout:
+def parse(prefix: bytes | memoryview, file_bytes: int) -> Layout:
     """The layout that ``prefix`` (length and header) describes, strictly; ValueError says what is wrong with it."""
     if header_length(prefix, file_bytes) != len(prefix):
         raise ValueError(f"the header's length does not match the {len(prefix)} bytes given")
-    text = prefix[_LENGTH_BYTES:].rstrip(b" ")
+    text = bytes(prefix[_LENGTH_BYTES:]).rstrip(b" ")
     if not text.startswith(b"{"):
         raise ValueError("the header does not start with '{'")
+    cost_bytes = strict_json.cost_bytes(text)
+    if cost_bytes > MAX_HEADER_COST_BYTES:
+        raise ValueError(f"can take {cost_bytes} bytes of memory, more than the {MAX_HEADER_COST_BYTES} that it may")
     raw = strict_json.decode(text, dict[str, msgspec.Raw])
     metadata_raw = raw.pop(_METADATA, None)
     metadata = {} if metadata_raw is None else strict_json.decode(bytes(metadata_raw), dict[str, str])
@@ -109,20 +115,24 @@ def parse(prefix: bytes, file_bytes: int) -> Layout:
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.begin + tensor.nbytes))
     for tensor in tensors:
         if tensor.begin != begin:
-            raise ValueError(f"{tensor.name}: starts at byte {tensor.begin}, expected {begin}: a hole or an overlap")
+            raise ValueError(
+                f"{cut(tensor.name)}: starts at byte {tensor.begin}, expected {begin}: a hole or an overlap"
+            )
         begin += tensor.nbytes
     if begin != file_bytes:
         raise ValueError(f"the tensors end at byte {begin}, the file at {file_bytes}")
-    return Layout(prefix, tuple(tensors), metadata)
+    return Layout(bytes(prefix), tuple(tensors), metadata)
 
 
 def _stored(name: str, header: _Header, origin: int) -> StoredTensor:
     if header.dtype not in CODE_ITEMSIZE:
-        raise ValueError(f"{name}: unknown dtype {header.dtype!r}")
+        raise ValueError(f"{cut(name)}: unknown dtype {shown(header.dtype)}")
     if any(size < 0 for size in header.shape):
-        raise ValueError(f"{name}: negative size in shape {header.shape}")
+        raise ValueError(f"{cut(name)}: negative size in shape {shown(header.shape)}")
     begin, end = header.data_offsets
     nbytes = math.prod(header.shape) * CODE_ITEMSIZE[header.dtype]
     if begin < 0 or end - begin != nbytes:
-        raise ValueError(f"{name}: offsets {begin} to {end} do not hold shape {header.shape} of {header.dtype}")
+        raise ValueError(
+            f"{cut(name)}: offsets {begin} to {end} do not hold shape {shown(header.shape)} of {header.dtype}"
+        )
     return StoredTensor(name, header.dtype, header.shape, origin + begin, nbytes)

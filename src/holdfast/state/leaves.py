@@ -14,11 +14,13 @@ import torch
 from holdfast.checkpoint import Checkpoint
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import TensorRecord, is_shape
+from holdfast.format.strict_json import cut, shown
 from holdfast.format.tree import plain_numpy_dtype
 from holdfast.state.cuda import pinned_buffer, synchronize
 from holdfast.state.tensors import new_tensor, tensor_sink, torch_dtype
 from holdfast.storage import memory
 from holdfast.storage.boxes import array_sink, box_of
+from holdfast.storage.memory import enough_memory
 from holdfast.storage.reading import Read
 
 
@@ -32,6 +34,11 @@ class SavedTensor(msgspec.Struct, frozen=True, gc=False):
     def form(self) -> str:
         """Dtype and shape, in words."""
         return f"{self.record.dtype} {list(self.record.shape)}"
+
+    def new(self, device: torch.device | str) -> torch.Tensor:
+        """A tensor to fill."""
+        with enough_memory(self.key, self.record.nbytes):
+            return new_tensor(self.record, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,8 @@ class SavedArray:
 
     def new(self) -> np.ndarray[Any, Any]:
         """An array to fill."""
-        return np.empty(self.shape, self.dtype)
+        with enough_memory(self.key, self.record.nbytes):
+            return np.empty(self.shape, self.dtype)
 
 
 class SavedLeaves:
@@ -71,10 +79,13 @@ class SavedLeaves:
         self._manifest = checkpoint.manifest
         self._entry = entry
         self._device = device
+        self._codec_leaves: CodecLeaves | None = None
 
     def for_codec(self) -> CodecLeaves:
-        """Leaves whose tensors are real ones."""
-        return CodecLeaves(self._checkpoint, self._entry, self._device)
+        """Leaves whose tensors are real ones; of each tensor there is one, however many codecs ask for it."""
+        if self._codec_leaves is None:
+            self._codec_leaves = CodecLeaves(self._checkpoint, self._entry, self._device)
+        return self._codec_leaves
 
     def fill(self) -> None:
         """References are filled by whoever decoded them."""
@@ -86,26 +97,28 @@ class SavedLeaves:
         if tag == "$ndarray":
             return self._array(body)
         if tag == "$dtype":
-            dtype = getattr(torch, body, None)
+            # Not getattr: torch imports some of its modules when they are asked for.
+            dtype = vars(torch).get(body)
             if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"torch has no dtype {body!r}")
+                raise ValueError(f"torch has no dtype {shown(body)}")
             return dtype
         if tag == "$size":
-            size = torch.Size(body)
-            if not all(-(2**63) <= dimension < 2**63 for dimension in size):
-                raise ValueError("a dimension of more than 64 bits")
-            return size
+            if not isinstance(body, list) or not all(type(size) is int and -(2**63) <= size < 2**63 for size in body):
+                raise ValueError(f"expected a list of integers of 64 bits, found {shown(body)}")
+            return torch.Size(body)
         if tag == "$device":
+            if not isinstance(body, str):
+                raise ValueError(f"expected the name of a device, found {shown(body)}")
             return torch.device(body)
         raise KeyError(tag)
 
     def _record(self, name: Any) -> tuple[str, TensorRecord]:
         if not isinstance(name, str):
-            raise ValueError(f"expected the name of a tensor, found {str(name)[:80]!r}")
+            raise ValueError(f"expected the name of a tensor, found {shown(name)}")
         canonical = self._manifest.aliases.get(self._entry, {}).get(name, name)
         record = self._manifest.tensors[self._entry].get(canonical)
         if record is None:
-            raise ValueError(f"the tree refers to {name}, which the manifest does not list")
+            raise ValueError(f"the tree refers to {cut(name)}, which the manifest does not list")
         return f"{self._entry}/{canonical}", record
 
     def _array(self, body: Any) -> SavedArray:
@@ -120,7 +133,9 @@ class SavedLeaves:
         dtype = plain_numpy_dtype(dtype_text)
         saved = SavedArray(key, record, dtype, tuple(shape))
         if not is_shape(saved.shape) or math.prod(saved.shape) * dtype.itemsize != record.nbytes:
-            raise ValueError(f"{name}: {record.nbytes} bytes are no array of shape {shape} of {dtype}")
+            raise ValueError(f"{cut(name)}: {record.nbytes} bytes are no array of shape {shown(shape)} of {dtype}")
+        if len(record.pieces) > 1:
+            raise ValueError(f"{cut(name)}: an array of {dtype} is stored in one piece, found {len(record.pieces)}")
         return saved
 
 
@@ -138,14 +153,19 @@ class CodecLeaves(SavedLeaves):
         if not isinstance(saved, (SavedTensor, SavedArray)):
             return saved
         if saved.key not in self._made:
-            made = new_tensor(saved.record, self._device) if isinstance(saved, SavedTensor) else saved.new()
+            made = saved.new(self._device) if isinstance(saved, SavedTensor) else saved.new()
             self._made[saved.key] = made
             self._copies.append((saved, made))
         return self._made[saved.key]
 
+    def for_codec(self) -> CodecLeaves:
+        """A codec within the value of a codec."""
+        return self
+
     def fill(self) -> None:
-        """Read them."""
-        fill(self._checkpoint, self._copies)
+        """Read those that were not read yet."""
+        copies, self._copies = self._copies, []
+        fill(self._checkpoint, copies)
 
 
 def fill(
@@ -176,12 +196,17 @@ def fill(
     checkpoint.read_files(wanted, whole=whole, allocate=pinned_buffer if on_cuda else memory.allocate)
 
 
+def _is_mappable(record: TensorRecord) -> bool:
+    """Whether its bytes can be looked at where they lie: no file of ours has one in between elements."""
+    return len(record.pieces) == 1 and record.nbytes > 0 and record.pieces[0].begin % DTYPES[record.dtype].itemsize == 0
+
+
 def map_leaves(checkpoint: Checkpoint, leaves: Iterable[SavedTensor | SavedArray]) -> dict[str, Any]:
     """By key, saved tensors and arrays as views of the files, not read and not verified.
 
-    Those without elements, and those in several pieces, are left out.
+    Those without elements, those in several pieces, and those that are not aligned to their elements are left out.
     """
-    mappable = [leaf for leaf in leaves if len(leaf.record.pieces) == 1 and leaf.record.nbytes]
+    mappable = [leaf for leaf in leaves if _is_mappable(leaf.record)]
     maps = checkpoint.map_files(list({leaf.record.pieces[0].file for leaf in mappable}))
     made: dict[str, Any] = {}
     for leaf in mappable:

@@ -104,6 +104,20 @@ class OptimizerMatch:
     dropped: list[str]
 
 
+def is_optimizer_state(saved: Any) -> bool:
+    """Whether ``saved`` has the form of what :func:`optimizer_state` gives."""
+    if not isinstance(saved, Mapping):
+        return False
+    state, groups = saved.get("state"), saved.get("param_groups")
+    return (
+        isinstance(state, Mapping)
+        and all(isinstance(slots, Mapping) for slots in state.values())
+        and isinstance(groups, list)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+        and all(isinstance(name, (str, int)) for group in groups for name in group["params"])
+    )
+
+
 def match_optimizer(
     optimizer: torch.optim.Optimizer, names: ParameterNames, path: str, saved: Mapping[str, Any]
 ) -> OptimizerMatch:
@@ -123,7 +137,7 @@ def match_optimizer(
         groups=groups,
         partial=partial,
         fresh=[live for live, found in zip(live_keys, saved_keys, strict=True) if found is None],
-        dropped=sorted(saved_known - {key for key in saved_keys if key is not None}),
+        dropped=sorted(map(str, saved_known - {key for key in saved_keys if key is not None})),
     )
 
 
@@ -131,11 +145,12 @@ def _match_groups(
     live_groups: Sequence[set[str | None]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Mapping[str, Any] | None], list[Mapping[str, Any] | None]]:
     """Pair the groups that share most parameters, each saved group at most once; empty groups pair by position."""
+    saved_names = [set(group["params"]) for group in saved_groups]
     overlaps = sorted(
-        (-len(live & set(group["params"])), abs(position - index), position, index)
+        (-len(live & names), abs(position - index), position, index)
         for position, live in enumerate(live_groups)
-        for index, group in enumerate(saved_groups)
-        if live & set(group["params"]) or (position == index and not live and not group["params"])
+        for index, names in enumerate(saved_names)
+        if live & names or (position == index and not live and not names)
     )
     paired: dict[int, int] = {}
     for _, _, position, index in overlaps:

@@ -61,7 +61,7 @@ def _note(plan: Plan, where: list[str], name: str, value: Any) -> None:
 
 
 def _plan_optimizer(plan: Plan, saved: Any, optimizer: torch.optim.Optimizer, path: str) -> None:
-    if not isinstance(saved, Mapping) or "param_groups" not in saved or "state" not in saved:
+    if not optimizers.is_optimizer_state(saved):
         plan.findings.misshapen.append(Misshapen(path, "an optimizer", f"a {type(saved).__name__}"))
         return
     match = optimizers.match_optimizer(optimizer, plan.names, path, saved)
@@ -128,6 +128,9 @@ def _plan_stateful(plan: Plan, saved: Any, live: Any, path: str) -> None:
 
 
 def _plan_scheduler(plan: Plan, saved: Any, scheduler: Any, path: str) -> None:
+    if not isinstance(saved, dict) or not isinstance(saved.get("_last_lr", []), list):
+        plan.findings.misshapen.append(Misshapen(path, "a scheduler", f"a {type(saved).__name__}"))
+        return
     value = plan.graft(saved, scheduler.state_dict(), path, saved_device)
 
     def install() -> None:
@@ -144,6 +147,9 @@ def _plan_scheduler(plan: Plan, saved: Any, scheduler: Any, path: str) -> None:
 def plan_gradients(plan: Plan, state: Mapping[str, Any]) -> None:
     """Gradients that waited for an optimizer step; those of parameters that are not restored stay what they are."""
     saved = plan.saved(GRADIENTS_ENTRY)
+    if not isinstance(saved, Mapping):
+        plan.findings.misshapen.append(Misshapen(GRADIENTS_ENTRY, "gradients", f"a {type(saved).__name__}"))
+        return
     for names, parameter in parameters_of(state, plan.names):
         gradient = next((saved[name] for name in names if name in saved), None)
         if gradient is not None:
@@ -154,6 +160,10 @@ def _plan_gradient(plan: Plan, saved: Any, parameter: torch.Tensor, path: str) -
     def place(gradient: SavedTensor, where: str) -> torch.device:
         return parameter.device
 
+    if not isinstance(saved, SavedTensor) or saved.record.shape != parameter.shape:
+        form = saved.form if isinstance(saved, SavedTensor) else f"a {type(saved).__name__}"
+        plan.findings.misshapen.append(Misshapen(path, tensor_form(parameter), form))
+        return
     value = plan.graft(saved, parameter.grad, path, place)
 
     def install() -> None:

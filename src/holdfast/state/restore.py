@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.errors import StateMismatchError, UsageError
+from holdfast.errors import CorruptCheckpointError, Damage, StateMismatchError, UsageError
 from holdfast.format import tree
-from holdfast.format.names import GRADIENTS_ENTRY, RNG_ENTRY
+from holdfast.format.names import GRADIENTS_ENTRY, MANIFEST, RNG_ENTRY
 from holdfast.state import rng
 from holdfast.state.kinds import Kind, kind_of, live_objects, name_parameters
 from holdfast.state.leaves import SavedArray, SavedTensor, fill
@@ -50,6 +50,10 @@ def restore_state(
         plan_gradients(plan, chosen)
     if generators and RNG_ENTRY in checkpoint.manifest.state:
         saved = plan.saved(RNG_ENTRY)
+        problem = rng.global_problem(saved)
+        if problem is not None:
+            damage = [Damage(MANIFEST, f"state of {RNG_ENTRY}: {problem}")]
+            raise CorruptCheckpointError.at(checkpoint.path, damage, checkpoint.step)
         plan.install(GENERATORS_LAST, lambda: plan.findings.notes.extend(rng.restore_global(saved)))
     for change in plan_overrides(state, override or {}):
         plan.install(OVERRIDES, lambda change=change: plan.findings.notes.append(change()))  # type: ignore[misc]

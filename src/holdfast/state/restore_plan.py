@@ -17,7 +17,7 @@ from holdfast.state.kinds import Kind
 from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor
 from holdfast.state.optimizers import ParameterNames
 from holdfast.state.report import Findings, Misshapen, RestoreReport
-from holdfast.state.tensors import dtype_name, new_tensor
+from holdfast.state.tensors import dtype_name
 
 GENERATORS_LAST = len(Kind) + 1
 OVERRIDES = GENERATORS_LAST + 1  # they draw nothing
@@ -68,7 +68,7 @@ class Plan:
         """A new tensor for ``saved``; tied ones get one and the same."""
         key = f"{saved.key} on {device}"
         if key not in self._fresh:
-            self._fresh[key] = new_tensor(saved.record, device)
+            self._fresh[key] = saved.new(device)
             self.copies.append((saved, self._fresh[key]))
         tensor = self._fresh[key]
         assert isinstance(tensor, torch.Tensor)

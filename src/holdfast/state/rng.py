@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from holdfast.format.strict_json import cut
 from holdfast.format.tree import plain_numpy_dtype
 
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | np.random.BitGenerator | random.Random
+# What comes of setting a state that is none; they are shown to another generator first.
+_UNSUITABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+_POSITIONS = {"pos": 624, "buffer_pos": 4}  # of MT19937 in its key, of Philox in its buffer
 GENERATOR_TYPES = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 
 
@@ -50,6 +54,19 @@ def restore_global(state: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def global_problem(state: Any) -> str | None:
+    """Why ``state`` cannot be what :func:`capture_global` gave, or None when it can; nothing is set."""
+    try:
+        random.Random().setstate(_python_tuple(state["python"]))
+        np.random.RandomState().set_state(_unpack(state["numpy"]))
+        for data in (state["torch_cpu"], *state.get("torch_cuda", ()), state.get("torch_mps", b"")):
+            _bytes_tensor(data)
+        torch.Generator().set_state(_bytes_tensor(state["torch_cpu"]))
+    except _UNSUITABLE as error:
+        return f"not the state of the generators: {cut(repr(error))}"
+    return None
+
+
 def generator_state(generator: Generator) -> dict[str, Any]:
     """The state of one generator, in plain values."""
     if isinstance(generator, torch.Generator):
@@ -72,7 +89,22 @@ def generator_mismatch(generator: Generator, state: Any) -> str | None:
         return f"expected {live.get('bit_generator')}, found {state.get('bit_generator')}"
     if str(state.get("device")).partition(":")[0] != str(live.get("device")).partition(":")[0]:
         return f"expected a generator on {live.get('device')}, found one on {state.get('device')}"
+    try:
+        restore_generator(_another(generator), state)
+    except _UNSUITABLE as error:
+        return f"expected the state of a {live['kind']} generator: {cut(repr(error))}"
     return None
+
+
+def _another(generator: Generator) -> Generator:
+    """A generator of the same kind, to try a state on."""
+    if isinstance(generator, torch.Generator):
+        return torch.Generator(generator.device)
+    if isinstance(generator, random.Random):
+        return random.Random()
+    if isinstance(generator, np.random.Generator):
+        return np.random.Generator(type(generator.bit_generator)())
+    return type(generator)()
 
 
 def restore_generator(generator: Generator, state: Mapping[str, Any]) -> None:
@@ -106,8 +138,10 @@ def _tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _bytes_tensor(data: bytes) -> torch.Tensor:
+    if not isinstance(data, bytes):
+        raise TypeError(f"expected bytes, found {type(data).__name__}")
     # A byte tensor on the CPU, whatever the generator's device: that is what every set_state takes.
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def _pack(state: Any) -> Any:
@@ -123,5 +157,9 @@ def _unpack(state: Any) -> Any:
     if isinstance(state, Mapping):
         if set(state) == {"dtype", "data"}:
             return np.frombuffer(state["data"], plain_numpy_dtype(state["dtype"])).copy()
+        for name, most in _POSITIONS.items():
+            # numpy takes any, and then reads from there.
+            if name in state and not 0 <= state[name] <= most:
+                raise ValueError(f"{name} {state[name]} is not within 0 to {most}")
         return {key: _unpack(value) for key, value in state.items()}
     return state

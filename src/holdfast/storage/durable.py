@@ -253,7 +253,8 @@ def link_file(source: Descriptor, file: str, directory: Descriptor, name: str, n
 
 def append_line(directory: Descriptor, name: str, line: bytes) -> None:
     """Append to a file that nothing depends on; one write, so that lines of several writers do not mix."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    # O_NONBLOCK: where a FIFO stands in its place, there is an error instead of a wait for its reader.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with Descriptor(os.open(name, flags, 0o666, dir_fd=directory.fd)) as file:
         write_all(file, memoryview(line))
 

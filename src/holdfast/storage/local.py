@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import mmap
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, RunBusyError, storage_errors
 from holdfast.format.manifest import FileRecord
@@ -53,10 +54,14 @@ from holdfast.storage.writing import write_files
 # clock, and only when its lock is free as well: some network file systems keep locks to one host.
 FOREIGN_IDLE_S = 3600.0
 
+MAX_LOG_BYTES = 8 * 2**20
+"""Of a longer log only the end is read: tens of thousands of saves."""
+
 DIRECT_READ_BYTES = 8 * 2**20
 """What is asked for at once past the page cache. Less leaves the disk idle in between."""
 MOSTLY = 0.5
 """With more than this share of a file in the page cache, it is read through it."""
+_COMPARED_BYTES = 2**20
 
 
 class LocalFile:
@@ -90,6 +95,17 @@ class LocalFile:
         direct.disable(self._descriptor)
         return self._fill(offset, buffer)
 
+    def read_all(self, offset: int) -> bytes:
+        """Everything from ``offset``, in one piece, copied once."""
+        parts = []
+        while offset < self.nbytes:
+            part = os.pread(self._descriptor.fd, self.nbytes - offset, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
     def _fill(self, offset: int, buffer: memoryview) -> int:
         """Past the page cache, what stops in the middle of a block has reached the end: nothing is asked for there."""
         done = 0
@@ -99,6 +115,12 @@ class LocalFile:
                 break
             done += count
         return done
+
+    def map(self) -> memoryview:
+        """All of it as memory, with a private copy of each page that is written to."""
+        if self.nbytes == 0:  # of which there is no mapping
+            return memoryview(bytearray())
+        return memoryview(mmap.mmap(self._descriptor.fd, self.nbytes, access=mmap.ACCESS_COPY))
 
     def close(self) -> None:
         """Let go of it."""
@@ -127,27 +149,41 @@ class LocalCheckpoint:
         except FileNotFoundError:
             return False
 
-    def names(self) -> list[str]:
-        """The files it holds, listed or not."""
-        return os.listdir(self._directory.fd)
+    def names(self, limit: int) -> list[str]:
+        """The files it holds, listed or not; no more than ``limit`` of them."""
+        with os.scandir(self._directory.fd) as entries:
+            return [entry.name for entry in itertools.islice(entries, limit)]
 
-    def read_whole(self, name: str, limit_bytes: int) -> bytes:
+    def read_whole(self, name: str, limit_bytes: int, begin: bytes = b"") -> bytes:
         """A small file in one piece."""
         with self.open_file(name) as file:
             if file.nbytes > limit_bytes:
                 raise ValueError(f"{name} has {file.nbytes} bytes, more than the {limit_bytes} that it may have")
-            data = bytearray(file.nbytes)
-            count = file.read_into(0, memoryview(data))
-            return bytes(data[:count])
+            # Before there is memory for all of it: a file that is nothing but a hole has any size.
+            first = memoryview(bytearray(len(begin)))
+            if bytes(first[: file.read_into(0, first)]) != begin[: file.nbytes]:
+                raise ValueError(f"{name} does not begin with {begin.decode()}")
+            return file.read_all(0)
+
+    def is_whole(self, name: str, data: bytes) -> bool:
+        """Whether a file holds ``data`` and nothing else."""
+        with self.open_file(name) as file:
+            room = memoryview(bytearray(min(len(data), _COMPARED_BYTES)))
+            return file.nbytes == len(data) and all(
+                data[at : at + len(room)] == bytes(room[: file.read_into(at, room)])
+                for at in range(0, len(data), _COMPARED_BYTES)
+            )
 
     def open_file(self, name: str) -> LocalFile:
         """A file to read from."""
         return LocalFile(durable.open_file(self._directory, name))
 
-    def map_file(self, name: str) -> memoryview:
+    def map_file(self, name: str, nbytes: int) -> memoryview:
         """A whole file as memory, with a private copy of each page that is written to."""
-        with durable.open_file(self._directory, name) as file:
-            return memoryview(mmap.mmap(file.fd, 0, access=mmap.ACCESS_COPY))
+        with self.open_file(name) as file:
+            if file.nbytes != nbytes:
+                raise ValueError(f"has {file.nbytes} bytes, expected {nbytes}")
+            return file.map()
 
     def lock(self) -> None:
         """Keep others from removing it while it is open."""
@@ -281,16 +317,22 @@ class LocalStore:
         with storage_errors("cannot write", os.path.join(self.path, EVENTS)), self._parent() as parent:
             durable.append_line(parent, EVENTS, line + b"\n")
 
-    def log_lines(self) -> list[bytes]:
-        """The lines of ``events.jsonl``; the last one only when it is whole."""
+    def log_lines(self) -> Iterator[bytes]:
+        """The lines of ``events.jsonl``, newest first; the newest only when it is whole."""
         with storage_errors("cannot read", os.path.join(self.path, EVENTS)):
             try:
                 with self._parent() as parent, LocalFile(durable.open_file(parent, EVENTS)) as file:
-                    data = bytearray(file.nbytes)
-                    count = file.read_into(0, memoryview(data))
+                    data = file.read_all(max(0, file.nbytes - MAX_LOG_BYTES))
+                    cut = file.nbytes > MAX_LOG_BYTES
             except FileNotFoundError:
-                return []
-        return bytes(data[:count]).split(b"\n")[:-1]
+                return
+        # One after the other, never all at once: eight million bytes can be as many lines.
+        end = data.rfind(b"\n")
+        while end > 0:
+            begin = data.rfind(b"\n", 0, end)
+            if begin >= 0 or not cut:
+                yield data[begin + 1 : end]
+            end = begin
 
     def annotate(self, name: str, change: Callable[[LocalCheckpoint], bytes]) -> None:
         """Replace the annotations of a checkpoint atomically.

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import sys
+from collections.abc import Iterator
+
+from holdfast.errors import StorageError
 
 HUGE_PAGE_BYTES = 2 * 2**20
 _BRIEF_BYTES = 32 * 2**10
@@ -45,6 +49,19 @@ def allocate(nbytes: int) -> memoryview:
     view = memoryview(mapping)[start : start + nbytes]
     _populate(mapping, start, nbytes, view)
     return view
+
+
+@contextlib.contextmanager
+def enough_memory(name: str, nbytes: int) -> Iterator[None]:
+    """Where something is made for the bytes of a tensor: that there is no room for it is an error of ours."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):  # as torch says it
+            raise
+        found = StorageError(f"{name}: there is no memory for its {nbytes} bytes. Load parts of it, with only=.")
+        found.errno = errno.ENOMEM
+        raise found from error
 
 
 def available_bytes() -> int:

@@ -22,6 +22,8 @@ from holdfast.storage.workers import default_threads, in_parallel
 MAX_OPEN_FILES = 64
 BUFFERS_BYTES = 48 * 2**20
 """What all readers together may take, unless a single chunk is larger."""
+MAX_DAMAGED = 10_000
+"""After so many damaged chunks nobody needs to know of more."""
 WORTH_CHOOSING_BYTES = 8 * 2**20
 """For less than this it is not looked at how to read a file best."""
 _BLOCK_BYTES = 4096
@@ -87,7 +89,7 @@ def read_files(
 
     Args:
         files: what to read.
-        to_the_end: go on after damage, to find all of it.
+        to_the_end: go on after damage, to find all of it; no more of it than MAX_DAMAGED.
         progress: called with the number of bytes read since its last call, by one thread at a time.
         allocate: makes the buffers, which sinks get their bytes from.
 
@@ -97,16 +99,18 @@ def read_files(
     damaged: list[Damaged] = []
     for first in range(0, len(files), MAX_OPEN_FILES):
         damaged += _read_together(_Transfer(files[first : first + MAX_OPEN_FILES], to_the_end, progress, allocate))
-        if damaged and not to_the_end:
+        if damaged and (not to_the_end or len(damaged) >= MAX_DAMAGED):
             break
     return sorted(damaged)
 
 
 def _read_together(transfer: _Transfer) -> list[Damaged]:
     try:
-        tasks = transfer.tasks()
-        largest = max((task.room_bytes for task in tasks), default=0)
-        in_parallel(tasks, lambda: transfer.worker(largest), transfer.threads(tasks))
+        batches = transfer.batches()
+        largest = max((batch.room_bytes for batch in batches), default=0)
+        tasks = (task for batch in batches for task in batch.tasks())
+        count = sum(len(batch.chunks) for batch in batches)
+        in_parallel(tasks, lambda: transfer.worker(largest), transfer.threads(largest), count)
     except _StoppedError:
         pass
     finally:
@@ -119,20 +123,43 @@ class _StoppedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
-    """Neighbouring chunks of a file, read at once."""
+class _Batch:
+    """What is read of one file, up to ``most`` neighbouring chunks at once."""
 
     file: FileReads
     opened: StoredFile
     ordered: _Sorted
+    chunks: Sequence[int]
+    most: int
+
+    @property
+    def room_bytes(self) -> int:
+        """What as many chunks take in a buffer, to the end of the last block."""
+        record = self.file.record
+        return _in_blocks(min(min(self.most, len(self.chunks)) * record.chunk_bytes, record.bytes))
+
+    def tasks(self) -> Iterator[_Task]:
+        """Its chunks in order."""
+        return (_Task(self, run) for run in _runs(self.chunks, self.most))
+
+
+class _Task(msgspec.Struct, frozen=True, gc=False):
+    """Neighbouring chunks of a file, read at once."""
+
+    batch: _Batch
     chunks: range
 
     @property
     def room_bytes(self) -> int:
         """What they take in a buffer, to the end of the last block."""
-        record = self.file.record
-        nbytes = min(self.chunks.stop * record.chunk_bytes, record.bytes) - self.chunks.start * record.chunk_bytes
-        return -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
+        record = self.batch.file.record
+        return _in_blocks(
+            min(self.chunks.stop * record.chunk_bytes, record.bytes) - self.chunks.start * record.chunk_bytes
+        )
+
+
+def _in_blocks(nbytes: int) -> int:
+    return -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _runs(chunks: Iterable[int], most: int) -> Iterator[range]:
@@ -159,45 +186,45 @@ class _Transfer:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _opened: list[StoredFile] = field(default_factory=list)
 
-    def tasks(self) -> list[_Task]:
+    def batches(self) -> list[_Batch]:
         """Everything to do, in the order of the files; opens them."""
-        tasks = []
+        batches = []
         for file in self.files:
             chunks = file.chunks()
             if not chunks:
                 continue
             opened = file.open()
             self._opened.append(opened)
-            ordered = _Sorted(file.reads)
             wanted_bytes = len(chunks) * file.record.chunk_bytes
             at_once_bytes = opened.choose_way() if wanted_bytes >= WORTH_CHOOSING_BYTES else 1
             most = max(1, at_once_bytes // file.record.chunk_bytes)
-            tasks += [_Task(file, opened, ordered, run) for run in _runs(chunks, most)]
-        return tasks
+            batches.append(_Batch(file, opened, _Sorted(file.reads), chunks, most))
+        return batches
 
-    def threads(self, tasks: Sequence[_Task]) -> int:
+    def threads(self, largest: int) -> int:
         """As many as their buffers leave room for."""
-        largest = max((task.room_bytes for task in tasks), default=1)
-        return max(1, min(default_threads(), BUFFERS_BYTES // largest))
+        return max(1, min(default_threads(), BUFFERS_BYTES // max(largest, 1)))
 
     def worker(self, room_bytes: int) -> Callable[[_Task], None]:
         """What does tasks, in a buffer of its own."""
         buffer = self.allocate(room_bytes)
 
         def work(task: _Task) -> None:
-            size = task.file.record.chunk_bytes
-            found = read_chunks(task.opened, task.file.record, task.chunks, buffer[: task.room_bytes])
+            batch = task.batch
+            record = batch.file.record
+            size = record.chunk_bytes
+            found = read_chunks(batch.opened, record, task.chunks, buffer[: task.room_bytes])
             for index, data in zip(task.chunks, found, strict=True):
                 if data is None:
                     with self._lock:
-                        self.damaged.append((task.file.name, index))
-                    if not self.to_the_end:
+                        self.damaged.append((batch.file.name, index))
+                    if not self.to_the_end or len(self.damaged) >= MAX_DAMAGED:
                         raise _StoppedError
                 else:
-                    task.ordered.hand_out(index * size, data)
+                    batch.ordered.hand_out(index * size, data)
                 if self.progress is not None:
                     with self._lock:
-                        self.progress(min(size, task.file.record.bytes - index * size))
+                        self.progress(min(size, record.bytes - index * size))
 
         return work
 

@@ -5,7 +5,7 @@ It speaks of checkpoints, files and commits, never of paths and renames, so that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from holdfast.format.manifest import FileRecord
@@ -41,17 +41,26 @@ class StoredCheckpoint(Protocol):
     def is_current(self) -> bool:
         """Whether it still stands under its name: it is removed from there before any of its files goes."""
 
-    def names(self) -> list[str]:
-        """The files it holds, listed or not."""
+    def names(self, limit: int) -> list[str]:
+        """The files it holds, listed or not; no more than ``limit`` of them."""
 
-    def read_whole(self, name: str, limit_bytes: int) -> bytes:
-        """A small file in one piece; ValueError when it is longer than ``limit_bytes`` or not a plain file."""
+    def read_whole(self, name: str, limit_bytes: int, begin: bytes = b"") -> bytes:
+        """A small file in one piece.
+
+        ValueError when it is longer than ``limit_bytes``, does not begin with ``begin``, or is not a plain file.
+        """
+
+    def is_whole(self, name: str, data: bytes) -> bool:
+        """Whether a file holds ``data`` and nothing else; ValueError when it is not a plain file."""
 
     def open_file(self, name: str) -> StoredFile:
         """A file to read from; FileNotFoundError, or ValueError when it is not a plain file."""
 
-    def map_file(self, name: str) -> memoryview:
-        """A whole file as memory, with a private copy of each page that is written to; it outlasts ``close``."""
+    def map_file(self, name: str, nbytes: int) -> memoryview:
+        """A whole file as memory, with a private copy of each page that is written to; it outlasts ``close``.
+
+        FileNotFoundError, or ValueError when it is not a plain file of ``nbytes``.
+        """
 
     def close(self) -> None:
         """Let go of it."""
@@ -114,8 +123,11 @@ class Store(Protocol):
     def log(self, line: bytes) -> None:
         """Append a line to what is known of past saves; losing it loses no checkpoint."""
 
-    def log_lines(self) -> list[bytes]:
-        """The lines of that log, oldest first; none where there is none."""
+    def log_lines(self) -> Iterator[bytes]:
+        """The lines of that log, newest first, as far back as one looks; none where there is none.
+
+        ValueError when what is there is not a plain file.
+        """
 
     def annotate(self, name: str, change: Callable[[StoredCheckpoint], bytes]) -> None:
         """Replace the annotations of a checkpoint atomically.

@@ -20,7 +20,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_parallel(tasks: Iterable[T], make_worker: Callable[[], Callable[[T], None]], threads: int) -> None:
+def in_parallel(
+    tasks: Iterable[T], make_worker: Callable[[], Callable[[T], None]], threads: int, count: int | None = None
+) -> None:
     """Do every task, each once, in order of their beginning; returns when all are done.
 
     The first exception ends the work: no further task is begun, and it is raised when those under way have ended.
@@ -29,16 +31,17 @@ def in_parallel(tasks: Iterable[T], make_worker: Callable[[], Callable[[T], None
         tasks: what to do.
         make_worker: called in each thread, to make what does its tasks and owns what they need.
         threads: how many at most; one task alone is done by the caller's own thread.
+        count: how many tasks there are, where they are made one by one: there may be a million.
     """
-    waiting = list(tasks)
-    count = min(threads, len(waiting))
-    if count <= 1:
-        if waiting:
-            work = make_worker()
-            for task in waiting:
-                work(task)
-        return
-    _Pool(iter(waiting), make_worker).run(count)
+    if count is None:
+        tasks = list(tasks)
+        count = len(tasks)
+    if min(threads, count) > 1:
+        _Pool(iter(tasks), make_worker).run(min(threads, count))
+    elif count:
+        work = make_worker()
+        for task in tasks:
+            work(task)
 
 
 class _Pool:

@@ -16,6 +16,7 @@ A type outside this table is an error with the path to it. Nothing is guessed, c
 from holdfast.format.tree.decoding import decode, plain_numpy_dtype
 from holdfast.format.tree.encoding import encode
 from holdfast.format.tree.nodes import (
+    IN_FILES,
     MAX_DEPTH,
     Json,
     LeafDecoder,
@@ -27,6 +28,7 @@ from holdfast.format.tree.nodes import (
 )
 
 __all__ = [
+    "IN_FILES",
     "MAX_DEPTH",
     "Json",
     "LeafDecoder",

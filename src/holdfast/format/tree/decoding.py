@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import collections
 import datetime
+import functools
 import math
 import pathlib
 import re
-import reprlib
 import struct
 import zoneinfo
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,28 @@ import numpy as np
 
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.codecs import Codec, codec_named
-from holdfast.format.tree.nodes import FACTORIES, IN_FILES, MAX_DEPTH, MAX_INT_HEX_DIGITS, Json, LeafDecoder, Opaque
+from holdfast.format.strict_json import cut, shown
+from holdfast.format.tree.nodes import (
+    FACTORIES,
+    IN_FILES,
+    MAX_DEPTH,
+    MAX_EQUAL_HASHES,
+    MAX_INT_HEX_DIGITS,
+    Json,
+    LeafDecoder,
+    Opaque,
+    crowded,
+)
 
 _INT = re.compile(rf"-?(0x[0-9a-f]{{1,{MAX_INT_HEX_DIGITS}}}|[0-9]{{1,4001}})", re.ASCII)
 _ZONE = re.compile(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", re.ASCII)
-_NUMPY_DTYPE = re.compile(r"[<>|=]?[A-Za-z0-9_]{1,16}(\[([1-9][0-9]{0,8})?[A-Za-z]{1,2}\])?", re.ASCII)
+# What a dtype calls itself: a kind and its size, or a letter of C. numpy knows more names, and reads those that begin
+# with a number as if they were Python.
+_NUMPY_DTYPE = re.compile(
+    r"[<>|=]?(?:[?biufcSUVMm][0-9]{0,9}|[BhHIlLqQpPnNedgFDG])(?:\[(?:[1-9][0-9]{0,8})?[A-Za-z]{1,2}\])?", re.ASCII
+)
+
+_LEAF_DEPTH = 2  # a complex number, and within it a float that is not finite
 
 
 @dataclass(slots=True)
@@ -35,7 +52,7 @@ class _Decoder:
     def value(self, node: Json) -> Any:
         if not isinstance(node, (list, dict)):
             return node
-        if self.depth >= 3 * MAX_DEPTH:  # a level of a container takes up to three levels of JSON
+        if self.depth >= MAX_DEPTH + _LEAF_DEPTH:
             raise ValueError(f"the tree is nested deeper than {MAX_DEPTH} levels")
         self.depth += 1
         try:
@@ -46,7 +63,7 @@ class _Decoder:
                 if tag.startswith("$"):
                     return self._tagged(tag, body)
             if any(key.startswith("$") for key in node):
-                raise ValueError(f"a tagged object has one key, found {sorted(node)}")
+                raise ValueError(f"a tagged object has one key, found {shown(list(node))}")
             return {key: self.value(item) for key, item in node.items()}
         finally:
             self.depth -= 1
@@ -58,14 +75,14 @@ class _Decoder:
         except (HoldfastError, RecursionError):
             raise
         except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, OSError, struct.error) as error:
-            raise ValueError(f"{tag} cannot hold {_shown(body)}: {error}") from error
+            raise ValueError(f"{cut(tag)} cannot hold {shown(body)}: {cut(str(error))}") from error
 
     def _leaf(self, tag: str, body: Json) -> Any:
         self.in_files += tag in IN_FILES
         try:
             return self.leaves.decode(tag, body)
         except KeyError as error:
-            raise ValueError(f"unknown tag {tag} (a newer Holdfast may know it)") from error
+            raise ValueError(f"unknown tag {cut(tag)} (a newer Holdfast may know it)") from error
 
     def items(self, node: Json) -> list[Any]:
         return [self.value(item) for item in _expect(node, list)]
@@ -75,6 +92,7 @@ class _Decoder:
         for pair in _expect(node, list):
             key, item = _expect(pair, list)
             decoded.append((self.hashed(key), self.value(item)))
+        _refuse_crowd([key for key, _ in decoded])
         if len({key for key, _ in decoded}) != len(decoded):
             raise ValueError("duplicate key")
         return decoded
@@ -89,6 +107,7 @@ class _Decoder:
 
     def members(self, node: Json) -> frozenset[Hashable]:
         decoded = [self.hashed(item) for item in _expect(node, list)]
+        _refuse_crowd(decoded)
         found = frozenset(decoded)
         if len(found) != len(decoded):
             raise ValueError("duplicate member")
@@ -108,20 +127,21 @@ def decode(node: Json, leaves: LeafDecoder) -> Any:
         raise ValueError("the tree is nested deeper than what is left of Python's stack") from error
 
 
+def _refuse_crowd(keys: Sequence[Hashable]) -> None:
+    if crowded(keys):
+        raise ValueError(f"more than {MAX_EQUAL_HASHES} keys or members have one hash")
+
+
 def _expect(node: Json, kind: type) -> Any:
     if type(node) is not kind:
-        raise ValueError(f"expected {kind.__name__}, found {_shown(node)}")
+        raise ValueError(f"expected {kind.__name__}, found {shown(node)}")
     return node
-
-
-def _shown(node: Json) -> str:
-    return reprlib.repr(node)[:100]
 
 
 def _decode_int(decoder: _Decoder, body: Json) -> int:
     text = _expect(body, str)
     if not _INT.fullmatch(text):
-        raise ValueError(f"not an integer: {_shown(text)}")
+        raise ValueError(f"not an integer: {shown(text)}")
     return int(text, 16 if "x" in text else 10)
 
 
@@ -132,7 +152,7 @@ def _decode_float(decoder: _Decoder, body: Json) -> float:
     prefix, _, bits = text.partition(":")
     value = struct.unpack(">d", bytes.fromhex(bits))[0] if prefix == "nan" else None
     if value is None or not math.isnan(value):
-        raise ValueError(f"not a float: {_shown(text)}")
+        raise ValueError(f"not a float: {shown(text)}")
     return float(value)
 
 
@@ -160,7 +180,7 @@ def _decode_scalar(decoder: _Decoder, body: Json) -> Any:
 def plain_numpy_dtype(name: Json) -> np.dtype[Any]:
     """The numpy dtype called ``name``; ValueError for objects, records and what is no dtype."""
     if not isinstance(name, str) or not _NUMPY_DTYPE.fullmatch(name):
-        raise ValueError(f"not a numpy dtype: {_shown(name)}")
+        raise ValueError(f"not a numpy dtype: {shown(name)}")
     try:
         dtype = np.dtype(name)
     except TypeError as error:
@@ -186,7 +206,10 @@ def _decode_zone(zone: Json) -> datetime.tzinfo | None:
     if isinstance(zone, str):
         # A key is looked up below the zone directories: nothing that could climb out of them.
         if not _ZONE.fullmatch(zone):
-            raise ValueError(f"not a time zone: {_shown(zone)}")
+            raise ValueError(f"not a time zone: {shown(zone)}")
+        # And only of those that there are: for others zoneinfo looks for a module of such a name.
+        if zone.removeprefix("posix/").removeprefix("right/") not in _known_zones():
+            raise UsageError(f"time zone {cut(zone)} is not known on this machine: pip install tzdata.", key=zone)
         try:
             return zoneinfo.ZoneInfo(zone)
         except (zoneinfo.ZoneInfoNotFoundError, OSError, ValueError) as error:
@@ -194,6 +217,11 @@ def _decode_zone(zone: Json) -> datetime.tzinfo | None:
     days, seconds, microseconds, name = _expect(zone, list)
     offset = datetime.timedelta(days, seconds, microseconds)
     return datetime.timezone(offset) if name is None else datetime.timezone(offset, name)
+
+
+@functools.cache
+def _known_zones() -> frozenset[str]:
+    return frozenset(zoneinfo.available_timezones())
 
 
 def _decode_datetime(decoder: _Decoder, body: Json) -> datetime.datetime:
@@ -221,7 +249,7 @@ def _decode_codec(decoder: _Decoder, body: Json) -> Any:
     codec = codec_named(_expect(name, str))
     leaves = decoder.leaves.for_codec()
     if leaves is None:
-        return Opaque("$codec", f"{name}: {decoder.value(inner)!r}")
+        return Opaque("$codec", (name, decoder.value(inner)))
     if codec is None:
         raise UsageError(f"{name} was saved through a codec: call holdfast.register_codec for it first.", key=name)
     outer, decoder.leaves = decoder.leaves, leaves
@@ -237,7 +265,7 @@ def _through(codec: Codec, value: Any) -> Any:
     try:
         return codec.decode(value)
     except Exception as error:  # the user's function: what it raises is not ours to know
-        raise ValueError(f"the codec of {codec.name} cannot decode {_shown(value)}: {error!r}") from error
+        raise ValueError(f"the codec of {codec.name} cannot decode {shown(value)}: {error!r}") from error
 
 
 _TAGS: dict[str, Callable[[_Decoder, Json], Any]] = {

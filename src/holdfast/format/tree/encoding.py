@@ -9,7 +9,7 @@ import math
 import pathlib
 import struct
 import zoneinfo
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,12 @@ from holdfast.format.tree.nodes import (
     FACTORIES,
     HASHED_LEAVES,
     MAX_DEPTH,
+    MAX_EQUAL_HASHES,
     MAX_INT_HEX_DIGITS,
     Json,
     LeafEncoder,
     child,
+    crowded,
     unsupported,
 )
 
@@ -77,6 +79,7 @@ class _Encoder:
         return [self.value(item, f"{path}[{index}]") for index, item in enumerate(values)]
 
     def pairs(self, mapping: Mapping[Any, Any], path: str) -> list[Json]:
+        _refuse_crowd(list(mapping), mapping, path)
         return [[self.key(key, f"{path}.<key>"), self.value(item, child(path, key))] for key, item in mapping.items()]
 
     def key(self, value: Any, path: str) -> Json:
@@ -112,6 +115,11 @@ def encode(value: Any, path: str, leaves: LeafEncoder) -> Json:
         return _Encoder(leaves).value(value, path)
     except RecursionError as error:
         raise unsupported(value, path, "It is nested deeper than what is left of Python's stack.") from error
+
+
+def _refuse_crowd(keys: Sequence[Hashable], container: object, path: str) -> None:
+    if crowded(keys):
+        raise unsupported(container, path, f"More than {MAX_EQUAL_HASHES} keys or members have one hash.")
 
 
 def _text(value: str, path: str) -> str:
@@ -186,6 +194,7 @@ def _encode_time(value: datetime.time, path: str) -> Json:
 
 def _encode_set(tag: str) -> Callable[[_Encoder, Any, str], Json]:
     def encode_set(encoder: _Encoder, value: Any, path: str) -> Json:
+        _refuse_crowd(list(value), value, path)
         # Sorted by their text, so that equal sets give equal bytes whatever the hash seed.
         return {tag: sorted((encoder.key(item, f"{path}{{...}}") for item in value), key=repr)}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from holdfast.errors import UnsupportedValueError
@@ -14,6 +15,10 @@ Json = Any  # None | bool | int | float | str | list[Json] | dict[str, Json]
 # caller's, who may load a checkpoint from much deeper in the stack than it was saved from.
 MAX_DEPTH = 100
 MAX_INT_HEX_DIGITS = 100_000
+
+MAX_EQUAL_HASHES = 64
+"""Of the members of a set or the keys of a dictionary. Each is compared with all others of its hash, and whoever
+chooses the values can choose them so that there are a hundred thousand; by chance there are never two."""
 
 FACTORIES: dict[str, Callable[[], Any]] = {
     kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, list, dict, set, tuple)
@@ -56,13 +61,40 @@ class Opaque:
 
     tag: str
     body: Any
+    _hash: int | None = field(default=None, repr=False, compare=False)
 
     def __hash__(self) -> int:
-        # A body may be a list, yet what it stands for may be the key of a dictionary.
-        return hash((self.tag, repr(self.body)))
+        # A body may be a list, yet what it stands for may be the key of a dictionary. Kept, for within each other
+        # there may be fifty of them.
+        if self._hash is None:
+            object.__setattr__(self, "_hash", hash((self.tag, _fingerprint(self.body))))
+        assert self._hash is not None
+        return self._hash
 
     def __repr__(self) -> str:
-        return f"{self.tag.removeprefix('$')}({self.body})"
+        shown = self.body
+        if self.tag == "$codec":
+            name, value = self.body
+            shown = f"{name}: {value!r}"
+        return f"{self.tag.removeprefix('$')}({shown})"
+
+
+def _fingerprint(value: Any) -> int:
+    """A hash of what may hold lists and dictionaries; equal for equal values."""
+    if isinstance(value, Mapping):
+        return hash(sum(hash((key, _fingerprint(item))) for key, item in value.items()))
+    if isinstance(value, (list, tuple, deque)):
+        return hash(tuple(map(_fingerprint, value)))
+    if isinstance(value, (set, frozenset)):
+        return hash(frozenset(value))
+    return hash(bytes(value)) if isinstance(value, bytearray) else hash(value)
+
+
+def crowded(keys: Sequence[Hashable]) -> bool:
+    """Whether so many of ``keys`` have one hash that looking one up would take long."""
+    if len(keys) <= MAX_EQUAL_HASHES:
+        return False
+    return max(Counter(map(hash, keys)).values()) > MAX_EQUAL_HASHES
 
 
 class OpaqueLeaves:

@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 # How many processes the tests run in.
 JOBS ?= logical
 BENCH_ARGS ?=
+PEERS_ARGS ?=
 DEMO_ARGS ?=
 SOAK_ARGS ?=
 MINUTES ?= 30
@@ -22,7 +23,7 @@ SOURCES := $(shell find src \( -type f -o -type d \) -not -path '*/__pycache__*'
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test check bench torture soak tools clean
+.PHONY: help demo test check bench torture soak peers tools clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +47,9 @@ bench: $(VENV)/.wheel $(VENV)/.bench ## the benchmarks (BENCH_ARGS=--help lists 
 
 torture: $(VENV)/.wheel ## the tests with all their rounds; takes long
 	@HOLDFAST_TORTURE=1 $(TESTS) $(PYTEST_ARGS)
+
+peers: $(VENV)/.wheel $(VENV)/.peers ## other ways to save, after the same crashes (PEERS_ARGS=--help lists them)
+	@PYTHONPATH=tests/torture $(BIN)/python -m peers $(PEERS_ARGS)
 
 # Where one of them is missing, the tests that use it skip and say so.
 TOOLS := strace mkfs.ext4 mkfs.xfs mkfs.btrfs fusermount3
@@ -80,6 +84,12 @@ $(VENV)/.deps: pyproject.toml constraints.txt
 $(VENV)/.bench: $(VENV)/.deps
 	@echo "installing what the benchmarks compare with"
 	@$(PIP) install -c constraints.txt --no-build-isolation '.[bench]'
+	@touch $@
+
+# So do the crashes.
+$(VENV)/.peers: $(VENV)/.deps
+	@echo "installing the peers"
+	@$(PIP) install -c constraints.txt --no-build-isolation '.[peers]'
 	@touch $@
 
 # The wheel: built from src, installed as it is. Without this the tests could pass on files that are never shipped.

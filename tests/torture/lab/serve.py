@@ -1,6 +1,8 @@
 """The processes under test: forks of this one, which imports what they need and does nothing else.
 
-    python tests/torture/lab/serve.py SOCKET
+    python tests/torture/lab/serve.py SOCKET WORKLOADS
+
+WORKLOADS is the module that has what they do, by name.
 
 Each line on standard input is an order, a JSON object: ``{"workload": "retention", "directory": "runs/x"}``. For each,
 a process connects to SOCKET, prepares the directory, says that it is ready, and begins when that is answered. When it
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import multiprocessing
 import os
@@ -28,19 +31,20 @@ from lab import faults
 from lab.judge import RunJudge
 from lab.marks import DONE, FAILED, READY, Mark, Marks, Promises
 from lab.states import use_variant
-from lab.workloads import WORKLOADS
+from lab.workloads import WORKLOADS, Workload
 
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, -1
 
 
 def main() -> None:
     """Take orders until there are no more."""
+    workloads: dict[str, Workload] = importlib.import_module(sys.argv[2]).WORKLOADS
     _warm_up()
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            os._exit(_run(order, sys.argv[1]))
+            os._exit(_run(order, workloads[order["workload"]], sys.argv[1]))
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         sys.stdout.write(json.dumps({"status": status}) + "\n")
         sys.stdout.flush()
@@ -65,20 +69,19 @@ class _Mute(Marks):
         """Nothing."""
 
 
-def _run(order: dict[str, Any], address: str) -> int:
+def _run(order: dict[str, Any], workload: Workload, address: str) -> int:
     """One process under test; returns its exit status."""
     # Whoever watches is no ancestor of this process, which some systems ask for.
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(address)
     marks = Marks(connection, multiprocessing.get_context("fork").Lock())
-    workload = WORKLOADS[order["workload"]]
     use_variant(order.get("variant", 0))
     directory = Path(order["directory"])
     try:
         if not order.get("prepared"):
             workload.prepare(directory, marks)
-        os.sync()
+        _settle(directory)
         fault = order.get("fault")
         if fault is not None:
             getattr(faults, fault[0])(directory, *fault[1:])
@@ -90,6 +93,15 @@ def _run(order: dict[str, Any], address: str) -> int:
             marks.say(Mark(FAILED, f"{type(error).__name__}: {error}"))
         return 3
     return 0
+
+
+def _settle(directory: Path) -> None:
+    """Make all of its file system durable, and of no other: beside this, others may be about to lose theirs."""
+    while not directory.exists():
+        directory = directory.parent
+    fd = os.open(directory, os.O_RDONLY)
+    ctypes.CDLL(None).syncfs(fd)
+    os.close(fd)
 
 
 if __name__ == "__main__":

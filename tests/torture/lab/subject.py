@@ -48,9 +48,10 @@ class Subjects:
 
     Args:
         environment: of the processes; by default this one's.
+        workloads: the module that has what they do.
     """
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, environment: dict[str, str] | None = None, workloads: str = "lab.workloads") -> None:
         self._folder = tempfile.TemporaryDirectory()
         address = str(Path(self._folder.name) / "marks")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -58,7 +59,7 @@ class Subjects:
         self._listener.listen()
         self._listener.settimeout(PATIENCE_S)
         self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("serve.py")), address],
+            [sys.executable, str(Path(__file__).with_name("serve.py")), address, workloads],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import os
 import subprocess
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +26,7 @@ from holdfast.errors import (
     DiskFullError,
     FormatVersionError,
     StorageError,
+    storage_errors,
 )
 from holdfast.format import envelope
 from holdfast.format import manifest as manifests
@@ -302,6 +306,25 @@ def test_a_full_disk(mount: Callable[[str], Path]) -> None:
         assert [path.name for path in (disk / "run").iterdir()] == [first.name]
     first.verify()
     run.save(state_of(50_000), step=4).verify()
+
+
+def test_a_dropped_error_lets_go_of_what_its_frames_hold() -> None:
+    """Open files, locks and buffers go with the error, not with the next garbage collection."""
+    watching = []
+
+    def refuse() -> None:
+        held = np.empty(1)
+        watching.append(weakref.ref(held))
+        with storage_errors("cannot read", "x"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    gc.disable()
+    try:
+        with contextlib.suppress(StorageError):
+            refuse()
+        assert watching[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_no_room_for_another_file(mount: Callable[[str], Path]) -> None:

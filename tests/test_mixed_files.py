@@ -186,14 +186,19 @@ def test_a_manifest_of_another_save_of_the_step_is_found(pristine: Run, run: Run
     assert {item.file for item in expected} == {"model.safetensors", "ema.safetensors"}
 
 
-def test_annotations_of_another_reach_no_value(run: Run) -> None:
-    """They hold nothing of the state, and do not say whose they are."""
+def test_annotations_of_another_are_named_and_passed_over(run: Run) -> None:
+    """They say whose they are; no value, no pin and no metric comes of them."""
     run.pin(100)
     run.add_metrics(run[100], {"loss": 0.5})
     take(at(run, 100), at(run, 300), "annotations.json")
-    checkpoint = holdfast.open(at(run, 300))
-    checkpoint.verify()
-    loaded, expected = holdfast.load(at(run, 300)), make_state(3)
+    with pytest.warns(UserWarning, match="annotations.json: belongs to the checkpoint"):
+        checkpoint = holdfast.open(at(run, 300))
+    assert (checkpoint.pinned, checkpoint.metrics) == (False, {})
+    with pytest.raises(CorruptCheckpointError, match=f"annotations.json: belongs to .*{checkpoint.checkpoint_id}"):
+        checkpoint.verify()
+    with pytest.warns(UserWarning, match="annotations.json: belongs to the checkpoint"):
+        loaded = holdfast.load(at(run, 300))
+    expected = make_state(3)
     assert all(loaded[entry][name].equal(value) for entry in expected for name, value in expected[entry].items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from holdfast.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     FormatVersionError,
+    StorageError,
     UnsupportedValueError,
     UsageError,
 )
@@ -120,6 +122,17 @@ def test_all_are_damaged(path: Path) -> None:
     with pytest.raises(CorruptCheckpointError, match="none that can be resumed from is intact"):
         resumed(path)
     assert sorted(p.name for p in path.rglob("*")) == before
+
+
+def test_none_can_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails is no reason to start anew: what it holds may be there again tomorrow."""
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(StorageError, match=r"cannot read .*step-000000000003: Input/output error"):
+        resumed(path)
 
 
 def test_after_a_fallback_training_goes_on(path: Path) -> None:

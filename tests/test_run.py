@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -50,6 +51,25 @@ def test_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointNotFoundError, match="no intact checkpoint of step 3"):
         run[3]
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_a_process_ran_out_of_is_no_damage(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest is not passed over because a process has too many files open: an older one would be taken for it."""
+    run = run_of(tmp_path, 1, 2)
+    real = os.open
+
+    def refuse(path: str, *args: Any, **kwargs: Any) -> int:
+        if path == "step-000000000002":
+            raise OSError(code, os.strerror(code))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    for ask in (run.latest, run.broken, lambda: list(run), lambda: run[2], lambda: run.prune(KeepLast(1))):
+        with pytest.raises(StorageError, match=os.strerror(code)):
+            ask()
+    monkeypatch.undo()
+    assert names(run) == ["1", "2"]
 
 
 def test_oldest_first_by_number(tmp_path: Path) -> None:

@@ -176,6 +176,10 @@ class Checkpoint:
         """What was learned after the save."""
         return self._annotations
 
+    def annotations_now(self, stored: StoredCheckpoint) -> Annotations:
+        """The same of what is there by now, which may have changed since this was opened."""
+        return _annotations_of(stored, self._head)
+
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor by ``entry/name``, tied ones included."""
@@ -314,7 +318,7 @@ class Checkpoint:
             CheckpointNotFoundError: the checkpoint was removed since it was opened.
         """
         with self._opened() as stored:
-            damage = structure_damage(stored, self.manifest) + annotations_damage(stored)
+            damage = structure_damage(stored, self.manifest) + annotations_damage(stored, self.manifest)
             missing = {item.file for item in damage}
             readable = [name for name in self.manifest.files if name not in missing]
             damage += content_damage(stored, self.manifest, readable, progress)
@@ -376,10 +380,10 @@ def reopen_checkpoint(store: Store, name: str, manifest: bytes) -> Checkpoint:
     return checkpoint
 
 
-def annotations_of(stored: StoredCheckpoint) -> Annotations:
+def _annotations_of(stored: StoredCheckpoint, head: Head) -> Annotations:
     """The annotations; none where there are none, and none, with a warning, where they are broken: no state is lost."""
     try:
-        return read_annotations(stored)
+        return read_annotations(stored, head)
     except ValueError as error:
         damage = Damage(ANNOTATIONS, str(error))
         warnings.warn(f"{stored.path}: {damage}; its later metrics, pin and tags are not known.", stacklevel=2)
@@ -407,7 +411,7 @@ def open_checkpoint(store: Store, name: str, *, whole: bool = True) -> Checkpoin
             data = _read_manifest(stored)
             head = _decode_head(data, path)
             _check_step(name, head, path)
-            checkpoint = Checkpoint(store, name, head, annotations_of(stored), data)
+            checkpoint = Checkpoint(store, name, head, _annotations_of(stored, head), data)
             if whole or structure_damage(stored, head):
                 damage = structure_damage(stored, checkpoint.manifest)  # names the tensors too
                 if damage and not stored.is_current():
@@ -501,4 +505,4 @@ def _check_step(name: str, head: Head, path: str) -> None:
         )
 
 
-__all__ = ["Checkpoint", "TensorInfo", "TensorRecord", "annotations_of", "open", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "TensorRecord", "open", "open_checkpoint"]

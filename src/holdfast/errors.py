@@ -201,4 +201,7 @@ def storage_errors(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
         kind = DiskFullError if full else StorageError
         mapped = kind(f"{doing} {os.fspath(path)}: {error.strerror or error}.{advice}", path=path)
         mapped.errno = error.errno
-        raise mapped from error
+        try:
+            raise mapped from error
+        finally:
+            del mapped  # its traceback holds this frame: together they would keep open what the frames below it opened

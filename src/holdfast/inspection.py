@@ -13,6 +13,7 @@ from holdfast.format import manifest as manifests
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import Annotations, Head, Manifest
 from holdfast.format.names import ANNOTATIONS, is_auxiliary, is_tensor_file_name
+from holdfast.format.strict_json import shown
 from holdfast.storage import memory
 from holdfast.storage.reading import Damaged, FileReads, Read, read_files
 from holdfast.storage.store import StoredCheckpoint, StoredFile
@@ -23,19 +24,24 @@ _HEADERS_BYTES = 2 * safetensors.MAX_HEADER_BYTES
 """What is kept of headers at a time, until they are compared with the manifest."""
 
 
-def read_annotations(stored: StoredCheckpoint) -> Annotations:
+def read_annotations(stored: StoredCheckpoint, manifest: Manifest | Head) -> Annotations:
     """The annotations of a checkpoint; ValueError says what is wrong with them."""
     try:
         data = stored.read_whole(ANNOTATIONS, manifests.MAX_ANNOTATIONS_BYTES, envelope.BEGIN)
     except FileNotFoundError:
         return Annotations()
-    return manifests.decode_annotations(data)
+    annotations = manifests.decode_annotations(data)
+    if annotations.checkpoint_id not in (None, manifest.checkpoint_id):
+        raise ValueError(
+            f"belongs to the checkpoint {shown(annotations.checkpoint_id)}, expected {manifest.checkpoint_id}"
+        )
+    return annotations
 
 
-def annotations_damage(stored: StoredCheckpoint) -> list[Damage]:
+def annotations_damage(stored: StoredCheckpoint, manifest: Manifest | Head) -> list[Damage]:
     """What is wrong with the annotations."""
     try:
-        read_annotations(stored)
+        read_annotations(stored, manifest)
     except ValueError as error:
         return [Damage(ANNOTATIONS, str(error))]
     return []
@@ -52,6 +58,7 @@ class Contents:
         places, ends = self._places.get(file, ([], []))
         if end is not None:  # they lie one behind the other: decoding made sure of it
             places = places[bisect.bisect_right(ends, begin) : bisect.bisect_left(places, (end,))]
+            places = [place for place in places if place[0] < place[1]]  # an empty tensor has no bytes anywhere
         return tuple(dict.fromkeys(self._names[number] for _, _, number in sorted(places, key=lambda place: place[2])))
 
     @functools.cached_property

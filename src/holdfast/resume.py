@@ -14,6 +14,7 @@ from holdfast.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     FormatVersionError,
+    StorageError,
     UsageError,
 )
 from holdfast.loading import restore
@@ -113,6 +114,7 @@ def resume_run(run: Run, state: Mapping[str, Any], resume: Resume, keep: Retenti
 
     Raises:
         CorruptCheckpointError: there were candidates, and not one is intact.
+        StorageError: there were candidates, and not one can be read.
     """
     if resume.source == "never":
         _refuse_existing(run)
@@ -175,7 +177,7 @@ def _candidates(run: Run, resume: Source, keep: Retention) -> Iterator[Checkpoin
 
 def _newest_first(run: Run) -> Iterator[Checkpoint]:
     """Intact checkpoints, newest first. One from the future stops the search: it is not broken, it is out of reach."""
-    failure = None
+    failure: CorruptCheckpointError | StorageError | None = None
     found = False
     for entry in reversed(run.entries()):
         if isinstance(entry, Checkpoint):
@@ -185,14 +187,14 @@ def _newest_first(run: Run) -> Iterator[Checkpoint]:
             raise entry.error
         else:
             _logger.warning("not resuming from %s, which is left as it is: %s", entry.path, entry.error)
-            failure = failure or _corruption(entry)
+            failure = failure or _loss(entry)
     if failure is not None and not found:
-        raise _nothing_intact(run, failure)
+        raise failure if isinstance(failure, StorageError) else _nothing_intact(run, failure)
 
 
-def _corruption(broken: Broken) -> CorruptCheckpointError | None:
-    """A directory without a manifest never was a checkpoint; anything else was one."""
-    return broken.error if isinstance(broken.error, CorruptCheckpointError) else None
+def _loss(broken: Broken) -> CorruptCheckpointError | StorageError | None:
+    """A directory without a manifest never was a checkpoint; anything else was one, or may be: it cannot be read."""
+    return broken.error if isinstance(broken.error, (CorruptCheckpointError, StorageError)) else None
 
 
 def _nothing_intact(run: Run, failure: CorruptCheckpointError) -> CorruptCheckpointError:

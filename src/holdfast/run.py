@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from holdfast.checkpoint import Checkpoint, annotations_of, open_checkpoint
+from holdfast.checkpoint import Checkpoint, open_checkpoint
 from holdfast.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -32,6 +33,8 @@ _EVENTS_BYTES = 128 * 2**20
 _LINE_BYTES = 2000  # for the time that a line takes, however short
 
 _logger = logging.getLogger("holdfast")
+_OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What a process or its machine can run out of: that says nothing about the checkpoint that was to be read."""
 
 
 class Retention(Protocol):
@@ -101,12 +104,20 @@ class Run:
                 yield found
 
     def __getitem__(self, step: int) -> Checkpoint:
-        """The newest intact checkpoint of ``step``; CheckpointNotFoundError when there is none."""
+        """The newest intact checkpoint of ``step``; CheckpointNotFoundError when there is none.
+
+        StorageError when there is one that the file system does not give.
+        """
         names = [name for name in self.names() if name.step == step]
+        refused: StorageError | None = None
         for _, found in self._look(reversed(names)):
             if isinstance(found, Checkpoint):
                 return found
+            if isinstance(found.error, StorageError):
+                refused = refused or found.error
             _warn_of(found)
+        if refused is not None:
+            raise refused
         steps = sorted({name.step for name in self.names()})
         raise CheckpointNotFoundError(
             f"{self.path} has no intact checkpoint of step {step}; it has steps {_shorten(steps)}.",
@@ -234,9 +245,14 @@ class Run:
 
     def _annotate(self, checkpoint: Checkpoint, change: Callable[[Annotations], Annotations]) -> Checkpoint:
         """Change what is there at that moment, which is not always what ``checkpoint`` was opened with."""
-        self.store.annotate(
-            checkpoint.name, lambda stored: manifests.encode_annotations(change(annotations_of(stored)))
-        )
+
+        def changed(stored: StoredCheckpoint) -> bytes:
+            annotations = change(checkpoint.annotations_now(stored))
+            return manifests.encode_annotations(
+                msgspec.structs.replace(annotations, checkpoint_id=checkpoint.checkpoint_id)
+            )
+
+        self.store.annotate(checkpoint.name, changed)
         return open_checkpoint(self.store, checkpoint.name)
 
     def free_names(self, step: int) -> Iterator[str]:
@@ -258,6 +274,8 @@ class Run:
                 if os.path.lexists(os.path.join(self.path, str(name))):
                     yield name, Broken(name, os.path.join(self.path, str(name)), error)
             except (CorruptCheckpointError, FormatVersionError, StorageError) as error:
+                if isinstance(error, StorageError) and error.errno in _OUT_OF:
+                    raise
                 yield name, Broken(name, os.path.join(self.path, str(name)), error)
 
 
@@ -291,7 +309,7 @@ def _kept(intact: Sequence[Checkpoint], keep: Retention, protect: Iterable[str])
 
 def _annotated_since(checkpoint: Checkpoint, stored: StoredCheckpoint) -> bool:
     """Whether something is known of a checkpoint, such as a pin, that was not when its removal was decided."""
-    return annotations_of(stored) != checkpoint.annotations
+    return checkpoint.annotations_now(stored) != checkpoint.annotations
 
 
 def _warn_of(broken: Broken) -> None:

@@ -155,6 +155,35 @@ def test_any_failing_system_call_fails_the_save(
         commit(store, 3)
 
 
+def test_an_interrupted_reservation_is_no_failure(
+    store: LocalStore, commit: Commit, contents: Contents, refuse_in_c: Callable[[str, int], None]
+) -> None:
+    """A signal, such as that of a preemption, ends fallocate on some file systems; the save goes on without."""
+    refuse_in_c("fallocate", errno.EINTR)
+    commit(store, 1)
+    assert contents(store) == {ONE: whole()}
+
+
+def test_a_close_that_fails_changes_nothing(
+    store: LocalStore, commit: Commit, contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has to be durable was synced before; and the descriptor is gone even so."""
+    close = os.close
+
+    def fail(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - of descriptors there are only names
+    monkeypatch.setattr(os, "close", fail)
+    commit(store, 1)
+    assert store.remove(ONE)
+    commit(store, 2)
+    monkeypatch.undo()
+    assert contents(store) == {TWO: whole()}
+    assert len(os.listdir("/proc/self/fd")) == files  # noqa: PTH208
+
+
 def test_a_failed_sync_is_not_tried_again(store: LocalStore, commit: Commit, system_calls: Any) -> None:
     """Linux reports a lost page once: a second fsync of the descriptor would lie."""
     lost = OSError(errno.EIO, os.strerror(errno.EIO))
@@ -335,6 +364,25 @@ def test_a_crash_at_any_call_of_a_replacement(
         assert contents(store)["best.pt"] in (whole(b"old"), whole(b"new")), index
         store.clean()
         assert store.names() == ["best.pt"], index
+
+
+@pytest.mark.usefixtures("no_renameat2")
+def test_what_cannot_be_brought_back_is_not_said_to_be_missing(
+    store: LocalStore, commit: Commit, contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that stepped aside is there, whatever keeps it from its name now."""
+    aside = aside_name("best.pt", NONCE)
+    commit(store, 1, name=aside)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(StorageError, match=r"cannot bring back .*best\.pt: Read-only file system"):
+        store.recover("best.pt")
+    monkeypatch.undo()
+    assert store.recover("best.pt")
+    assert contents(store) == {"best.pt": whole()}
 
 
 @pytest.mark.usefixtures("no_renameat2")

@@ -192,11 +192,15 @@ _Kind = TypeVar("_Kind", _Body, Head)
 
 
 class Annotations(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What was learned of a checkpoint after it was made. Losing it loses no state."""
+    """What was learned of a checkpoint after it was made. Losing it loses no state.
+
+    ``checkpoint_id`` is whose they are, so that a copy beside another checkpoint is noticed.
+    """
 
     metrics: dict[str, Any] = {}
     pinned: bool = False
     tags: tuple[str, ...] = ()
+    checkpoint_id: str | None = None
 
 
 def encode(manifest: Manifest) -> bytes:

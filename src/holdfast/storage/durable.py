@@ -62,10 +62,11 @@ class Descriptor:
         return self.fd
 
     def close(self) -> None:
-        """Close it; with it goes its lock."""
+        """Close it; with it goes its lock. Never fails: what has to be durable was synced, and close adds nothing."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # Linux has let go of it even so
+                os.close(fd)
 
     def __enter__(self) -> Descriptor:
         return self
@@ -74,8 +75,7 @@ class Descriptor:
         self.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            self.close()
+        self.close()
 
 
 _open_descriptors: weakref.WeakSet[Descriptor] = weakref.WeakSet()
@@ -83,8 +83,7 @@ _open_descriptors: weakref.WeakSet[Descriptor] = weakref.WeakSet()
 
 def _close_in_child() -> None:
     for descriptor in list(_open_descriptors):
-        with contextlib.suppress(OSError):
-            descriptor.close()
+        descriptor.close()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -169,9 +168,12 @@ def open_file(directory: Descriptor, name: str) -> Descriptor:
             raise ValueError(f"{name} is not a plain file") from error
         raise
     descriptor = Descriptor(fd)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"{name} is not a plain file")
+    except BaseException:
         descriptor.close()
-        raise ValueError(f"{name} is not a plain file")
+        raise
     return descriptor
 
 
@@ -182,7 +184,8 @@ def preallocate(file: Descriptor, nbytes: int) -> None:
     try:
         _fallocate(file.fd, nbytes)
     except OSError as error:
-        if error.errno not in _NO_SUPPORT:
+        # A signal came meanwhile, which some file systems give up for (tmpfs). The writes will find out.
+        if error.errno not in _NO_SUPPORT | {errno.EINTR}:
             raise
 
 

@@ -70,7 +70,11 @@ class LocalFile:
     def __init__(self, descriptor: Descriptor) -> None:
         self._descriptor = descriptor
         self._direct_once = False  # whether reads were sent past the page cache; threads may still be on their way
-        self.nbytes = os.fstat(descriptor.fd).st_size
+        try:
+            self.nbytes = os.fstat(descriptor.fd).st_size
+        except OSError:
+            descriptor.close()
+            raise
 
     def choose_way(self) -> int:
         """Past the page cache where the file is not in it; the answer is how many bytes to ask for at a time.
@@ -398,7 +402,11 @@ class LocalStore:
         """Bring back the checkpoint that stepped aside for a replacement which never came; True when one did."""
         for candidate in self.names():
             if parse_aside(candidate) == name:
-                with contextlib.suppress(OSError), self._parent() as parent:
+                with (
+                    storage_errors("cannot bring back", os.path.join(self.path, name)),
+                    contextlib.suppress(FileNotFoundError, FileExistsError),  # another process was faster
+                    self._parent() as parent,
+                ):
                     durable.publish(parent, candidate, name)
                     return True  # durable or not: after a crash it is brought back again
         return False

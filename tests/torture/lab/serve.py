@@ -7,8 +7,9 @@ WORKLOADS is the module that has what they do, by name.
 Each line on standard input is an order, a JSON object: ``{"workload": "retention", "directory": "runs/x"}``. For each,
 a process connects to SOCKET, prepares the directory, says that it is ready, and begins when that is answered. When it
 has ended, a line on standard output gives its exit status. More in an order: ``"fault"``, the name of a function of
-``lab.faults`` and its arguments, called between preparation and beginning; ``"variant"``, how large the states are;
-``"prepared"``, true where the directory is to be taken as it is.
+``lab.faults`` and its arguments, called between preparation and beginning; ``"afterwards"``, another, called at the end
+with the directory, the marks, the error that ended the work (None when none did), and its arguments; ``"variant"``, how
+large the states are; ``"prepared"``, true where the directory is to be taken as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ def main() -> None:
         order = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            os._exit(_run(order, workloads[order["workload"]], sys.argv[1]))
+            status = 4
+            try:
+                status = _run(order, workloads[order["workload"]], sys.argv[1])
+            finally:
+                os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         sys.stdout.write(json.dumps({"status": status}) + "\n")
         sys.stdout.flush()
@@ -78,6 +83,7 @@ def _run(order: dict[str, Any], workload: Workload, address: str) -> int:
     marks = Marks(connection, multiprocessing.get_context("fork").Lock())
     use_variant(order.get("variant", 0))
     directory = Path(order["directory"])
+    failure: BaseException | None = None
     try:
         if not order.get("prepared"):
             workload.prepare(directory, marks)
@@ -89,10 +95,13 @@ def _run(order: dict[str, Any], workload: Workload, address: str) -> int:
         workload.act(directory, marks)
         marks.say(Mark(DONE))
     except BaseException as error:  # noqa: BLE001 - whoever watches is told
+        failure = error
         with contextlib.suppress(OSError, EOFError):
             marks.say(Mark(FAILED, f"{type(error).__name__}: {error}"))
-        return 3
-    return 0
+    afterwards = order.get("afterwards")
+    if afterwards is not None:
+        getattr(faults, afterwards[0])(directory, marks, failure, *afterwards[1:])
+    return 0 if failure is None else 3
 
 
 def _settle(directory: Path) -> None:

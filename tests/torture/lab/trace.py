@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,17 +64,17 @@ class Strace:
         pid: the process, with all that it starts.
         options: more for strace, such as ``-e inject=...``.
         output: where it writes what it saw.
+        follow: also watch the threads and processes that it starts.
     """
 
-    def __init__(self, pid: int, options: Iterable[str], output: Path) -> None:
-        command = ["strace", "-f", "-q", "-p", str(pid), "-o", str(output), *options]
+    def __init__(self, pid: int, options: Iterable[str], output: Path, *, follow: bool = True) -> None:
+        command = ["strace", *(["-f"] if follow else []), "-p", str(pid), "-o", str(output), *options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        status = Path(f"/proc/{pid}/status")
-        until = time.monotonic() + 60
-        while f"TracerPid:\t{self._process.pid}\n" not in status.read_text():
-            if self._process.poll() is not None or time.monotonic() > until:
-                raise StraceError(f"strace cannot attach: {self.end()}")
-            time.sleep(0.0005)
+        assert self._process.stderr is not None
+        # Not before it says so does it see every call: the kernel names it the tracer earlier.
+        said = self._process.stderr.readline()
+        if " attached" not in said:
+            raise StraceError(f"strace cannot attach: {said}{self.end()}")
 
     def end(self) -> str:
         """Wait for it, which ends with what it watches; returns what it complained of."""

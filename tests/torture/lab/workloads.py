@@ -41,12 +41,16 @@ class Workload:
         act: what is done to the directory; it says what it does.
         prepare: what was done before, when everything went well.
         judge: what must hold whenever it is cut short.
+        run: where the run is, below the directory.
+        ours: whether all that it does to the disk is done by Holdfast.
     """
 
     name: str
     act: Callable[[Path, Marks], None]
     prepare: Callable[[Path, Marks], None] = _nothing
     judge: Judge = field(default_factory=RunJudge)
+    run: str = ""
+    ours: bool = True
 
 
 # ---------------------------------------------------------------------------------------------------------- the saves
@@ -67,13 +71,16 @@ def _three(directory: Path, marks: Marks) -> None:
     place_foreign(directory)
 
 
+_FIRST = "runs/first"
+
+
 def _save_first(directory: Path, marks: Marks) -> None:
-    _save(Run(directory / "runs" / "first"), 1, 1, marks)
+    _save(Run(directory / _FIRST), 1, 1, marks)
 
 
 def _save_in_what_the_user_made(directory: Path, marks: Marks) -> None:
     """A script makes its directories itself, a moment before it saves, and syncs nothing."""
-    (directory / "runs" / "first").mkdir(parents=True)
+    (directory / _FIRST).mkdir(parents=True)
     _save_first(directory, marks)
 
 
@@ -82,7 +89,7 @@ class _FirstJudge(RunJudge):
 
     def problems(self, directory: Path, promises: Promises) -> list[str]:
         """Every promise that is broken."""
-        return super().problems(directory / "runs" / "first", promises)
+        return super().problems(directory / _FIRST, promises)
 
 
 def _save_beside(directory: Path, marks: Marks) -> None:
@@ -276,8 +283,14 @@ _IN_A_RUN = RunJudge(foreign=True)
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("first save", _save_first, judge=_FirstJudge()),
-        Workload("first save in the user's directory", _save_in_what_the_user_made, judge=_FirstJudge()),
+        Workload("first save", _save_first, judge=_FirstJudge(), run=_FIRST),
+        Workload(
+            "first save in the user's directory",
+            _save_in_what_the_user_made,
+            judge=_FirstJudge(),
+            run=_FIRST,
+            ours=False,
+        ),
         Workload("save beside others", _save_beside, _three, _IN_A_RUN),
         Workload("the same step again", _save_again, _three, _IN_A_RUN),
         Workload("retention", _save_and_prune, _three, _IN_A_RUN),

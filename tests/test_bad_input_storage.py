@@ -172,7 +172,7 @@ def test_something_else_in_the_place_of_a_file(saved: Path, file: str, kind: str
 def test_a_manifest_past_its_limit_is_not_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size is looked at before anything is read or parsed."""
     os.truncate(saved / "manifest.json", 2**40)  # sparse: reading it would take a terabyte
-    with pytest.raises(CorruptCheckpointError, match=r"has 1099511627776 bytes, more than the 1073741824"):
+    with pytest.raises(CorruptCheckpointError, match=r"has 1099511627776 bytes, more than the 67108864"):
         holdfast.open(saved)
 
 
@@ -204,7 +204,7 @@ def test_a_tensor_that_the_file_cannot_hold_is_never_allocated(saved: Path) -> N
     huge = 2**40
 
     def edit(inner: dict[str, Any]) -> None:
-        inner["files"]["w.safetensors"] = {"bytes": huge + 4096, "chunk_bytes": 2**30, "xxh3_128": ["0" * 32] * 1025}
+        inner["files"]["w.safetensors"] = {"bytes": huge + 4096, "chunk_bytes": 2**26, "xxh3_128": ["0" * 32] * 16385}
         inner["tensors"]["w"]["w"]["shape"] = [huge // 4]
         inner["tensors"]["w"]["w"]["pieces"][0]["shape"] = [huge // 4]
 

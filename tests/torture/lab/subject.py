@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class Subjects:
         with connection, connection.makefile("rb") as lines:
             connection.settimeout(PATIENCE_S)
             ready = False
-            for line in lines:
+            for line in _until_closed(lines):
                 mark = Mark.parse(line)
                 if mark.kind == READY:
                     ready = True
@@ -124,3 +125,9 @@ class Subjects:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _until_closed(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines until there are no more; a process that is killed with an answer unread resets the connection."""
+    with contextlib.suppress(ConnectionResetError):
+        yield from lines

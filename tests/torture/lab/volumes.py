@@ -32,8 +32,9 @@ _PATIENCE_S = 30.0
 _KEEPER = """
 trap '' INT TERM HUP
 for attempt in 1 2 3 4 5; do
-    device=$(losetup -f --show "$1") && break
+    said=$(losetup -f --show "$1" 2>&1) && device=$said && break
 done
+test -n "$device" || echo "$said" >&2
 echo "$device"
 read -r end
 umount -l "$2" 2>/dev/null
@@ -55,7 +56,7 @@ class Kind:
         size_bytes: of its device; hardly more than the least that it can do with.
         make: the command that makes it, which is given the path.
         options: to mount it with, the usual ones and those that promise less.
-        atom_bytes: what it needs to be written whole or not at all; a disk promises no more than its sectors.
+        atom_bytes: what it needs to be written whole or not at all, for it to be mounted again.
     """
 
     name: str
@@ -68,9 +69,10 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("ext4", 64 * _MIB, ("mkfs.ext4", "-q", "-F"), ("", "data=writeback,noauto_da_alloc")),
+        # Superblocks with a checksum are written in place, and are larger than a sector where a sector has 512 bytes.
+        Kind("ext4", 64 * _MIB, ("mkfs.ext4", "-q", "-F"), ("", "data=writeback,noauto_da_alloc"), atom_bytes=1024),
         Kind("xfs", 300 * _MIB, ("mkfs.xfs", "-q", "-f")),
-        Kind("btrfs", 128 * _MIB, ("mkfs.btrfs", "-q", "-f"), atom_bytes=4096),  # its superblock
+        Kind("btrfs", 128 * _MIB, ("mkfs.btrfs", "-q", "-f"), atom_bytes=4096),
     )
 }
 
@@ -82,6 +84,8 @@ def make_file_system(kind: Kind, image: Path) -> None:
             raise VolumeError(f"there is no {command} here")
     if os.geteuid() != 0:
         raise VolumeError("only root can mount file systems")
+    if shutil.disk_usage(image.parent).free < kind.size_bytes:
+        raise VolumeError(f"there is no room for {kind.name} in {image.parent}")
     with image.open("wb") as file:
         file.truncate(kind.size_bytes)
     done = subprocess.run([*kind.make, str(image)], capture_output=True, text=True, check=False)

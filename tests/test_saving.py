@@ -25,6 +25,7 @@ from holdfast.errors import CorruptCheckpointError, StorageError, UnsupportedVal
 from holdfast.format import envelope
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import CHUNK_BYTES
+from holdfast.storage import durable
 from holdfast.storage.local import LocalPending, LocalStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -136,7 +137,7 @@ def test_the_manifest_tells_nothing_of_the_user(tmp_path: Path) -> None:
         holdfast.save(tmp_path / "x", {"c": 1})
     finally:
         del os.environ["HOLDFAST_TEST_SECRET"]
-    inner = json.loads(envelope.unseal("manifest", (tmp_path / "x/manifest.json").read_bytes()))
+    inner = json.loads(bytes(envelope.unseal("manifest", (tmp_path / "x/manifest.json").read_bytes())))
     assert set(inner["environment"]) == {"holdfast", "python", "torch", "numpy", "cuda", "system", "world_size"}
     del inner["state"]["_rng"]  # 2,500 random bytes may spell anything
     text = json.dumps(inner)
@@ -259,6 +260,7 @@ def test_the_manifest_is_the_last_file(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "fsync", spy)
     holdfast.save(tmp_path / "x", {"a": torch.ones(1), "b": torch.ones(1)})
+    synced = synced[-5:]  # before, the directories above
     temporary = synced[3]
     assert temporary.startswith(".tmp-")
     assert sorted(synced[:2]) == ["a.safetensors", "b.safetensors"]  # side by side
@@ -281,11 +283,11 @@ def test_the_save_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_an_error_of_the_storage_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason, and nothing left behind."""
 
-    def fails(fd: int) -> None:
+    def fails(file: durable.Descriptor) -> None:
         raise OSError(5, "Input/output error")
 
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(os, "fsync", fails)
+    monkeypatch.setattr(durable, "sync_file", fails)
     with pytest.raises(StorageError, match=r"cannot write .*w\.safetensors: Input/output error"):
         holdfast.save(tmp_path / "run/x", {"w": torch.ones(3)})
     assert list((tmp_path / "run").iterdir()) == []

@@ -210,17 +210,20 @@ class _Targets:
 
     def place(self, value: Any) -> Any:
         """``value`` with new tensors in place of saved ones, to be filled by ``copies``."""
-        if isinstance(value, SavedTensor):
-            return self._make(value, lambda: value.new(self._device))
-        if isinstance(value, SavedArray):
-            return self._make(value, value.new)
+        # Most values are in lists and dictionaries, and there may be half a million: these come first.
+        kind = type(value)
+        if kind is list:
+            return [self.place(item) for item in value]
+        if kind is tuple:
+            return tuple(self.place(item) for item in value)
         if isinstance(value, dict):
             for key, item in value.items():
                 value[key] = self.place(item)
-            return value
-        if type(value) in (list, tuple):
-            return type(value)(self.place(item) for item in value)
-        if isinstance(value, deque):
+        elif isinstance(value, SavedTensor):
+            return self._make(value, lambda: value.new(self._device))
+        elif isinstance(value, SavedArray):
+            return self._make(value, value.new)
+        elif isinstance(value, deque):
             for index, item in enumerate(value):
                 value[index] = self.place(item)
         return value

@@ -289,7 +289,7 @@ def test_as_large_as_it_is_allowed(attack: Any, harmless: Any) -> None:
 def test_what_a_reader_refuses_is_not_written(tmp_path: Path) -> None:
     """It says which entry it is, and what to do; nothing is left."""
     for value, words in (
-        ([0] * 600_000, "more than the 500000 that it may have; put large lists"),
+        ([0] * 500_000, "more than the 400000 that it may have; put large lists"),
         ([10**3999] * 1200, "long integers have"),
         ("x" * 70_000_000, "more than the 67108864 that it may have"),
     ):

@@ -29,8 +29,8 @@ MAX_MANIFEST_COST_BYTES = 192 * 2**20
 """What a manifest may take in memory, by the estimate of :func:`holdfast.format.strict_json.cost_bytes`."""
 MAX_COST_A_BYTE = 16
 """A manifest that is large itself may take so many times its size: those of real checkpoints take seven to fourteen."""
-MAX_STATE_MARKS = 500_000
-"""How many ``, : [ {`` the trees of a state may have together: AdamW on 25,000 parameters, decoded in half a second."""
+MAX_STATE_MARKS = 400_000
+"""How many ``, : [ {`` the trees of a state may have together: AdamW on 20,000 parameters, decoded in half a second."""
 MAX_ANNOTATIONS_COST_BYTES = 48 * 2**20
 MAX_DIMENSIONS = 64
 MAX_FILES = 10_000

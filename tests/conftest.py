@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 
 from holdfast.errors import Damage
 from holdfast.format import manifest as manifests
-from holdfast.format.manifest import FileRecord
+from holdfast.format.records import FileRecord
 
 # Before anything imports torch, here and in the processes that tests start: the same bits on every machine, and tests
 # that run beside each other do not fight for cores.

@@ -22,7 +22,8 @@ from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError, Uns
 from holdfast.format import manifest as manifests
 from holdfast.format import safetensors
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import FileRecord, Manifest, Piece, TensorRecord
+from holdfast.format.manifest import Manifest
+from holdfast.format.records import FileRecord, Piece, TensorRecord
 from holdfast.format.tree import Opaque
 from holdfast.storage.local import LocalStore
 

@@ -17,7 +17,7 @@ import holdfast
 from holdfast.errors import CorruptCheckpointError, UsageError
 from holdfast.format import codecs
 from holdfast.format.dtypes import DTYPES
-from holdfast.storage.local import LocalFile
+from holdfast.storage.local_reading import LocalFile
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

@@ -24,7 +24,7 @@ import holdfast
 from holdfast.errors import CorruptCheckpointError, StorageError, UnsupportedValueError, UsageError
 from holdfast.format import envelope
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import CHUNK_BYTES
+from holdfast.format.records import CHUNK_BYTES
 from holdfast.storage import durable
 from holdfast.storage.local import LocalPending, LocalStore
 

@@ -25,7 +25,7 @@ from holdfast.errors import (
 from holdfast.format import envelope, tree
 from holdfast.format import manifest as manifests
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import Annotations, FileRecord, Head, Manifest, TensorRecord
+from holdfast.format.manifest import Annotations, Head, Manifest
 from holdfast.format.names import (
     ANNOTATIONS,
     CONFIG_ENTRY,
@@ -33,6 +33,7 @@ from holdfast.format.names import (
     MANIFEST,
     CheckpointName,
 )
+from holdfast.format.records import FileRecord, TensorRecord
 from holdfast.format.strict_json import shown
 from holdfast.inspection import (
     annotations_damage,

@@ -22,8 +22,9 @@ from holdfast.collector import collector_paused
 from holdfast.errors import CheckpointExistsError, UsageError
 from holdfast.format import manifest as manifests
 from holdfast.format import tree
-from holdfast.format.manifest import FileRecord, Manifest
+from holdfast.format.manifest import Manifest
 from holdfast.format.names import CheckpointName, check_step
+from holdfast.format.records import FileRecord
 from holdfast.state.capture import CapturedEntry, capture
 from holdfast.state.plan import Plan, Planner
 from holdfast.state.staging import LiveFile, Staging

@@ -12,7 +12,8 @@ import pytest
 from holdfast.errors import FormatVersionError, UsageError
 from holdfast.format import envelope
 from holdfast.format import manifest as manifests
-from holdfast.format.manifest import Annotations, FileRecord, Manifest, Piece, TensorRecord
+from holdfast.format.manifest import Annotations, Manifest
+from holdfast.format.records import FileRecord, Piece, TensorRecord
 
 ID = "0123456789abcdef" * 2
 SUM = "f" * 32

@@ -334,7 +334,7 @@ def test_a_file_that_changes_after_the_first_look(attack: Any, monkeypatch: pyte
 
 def test_the_header_that_is_verified_is_the_one_that_is_parsed(attack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each data file is opened once to look at its size, and once to be read."""
-    from holdfast.storage.local import LocalCheckpoint
+    from holdfast.storage.local_reading import LocalCheckpoint
 
     opened: list[str] = []
     original = LocalCheckpoint.open_file
@@ -369,11 +369,11 @@ def test_mapped_tensors_in_between(attack: Any) -> None:
 
 def test_all_terms_of_a_grid() -> None:
     """Tiles of a grid cover it; the same with one tile moved, twice, missing or of no size do not, or do."""
-    from holdfast.format.manifest import Piece, TensorRecord, _pieces_problem
+    from holdfast.format.records import Piece, TensorRecord, pieces_problem
 
     def problem(boxes: list[tuple[tuple[int, int], tuple[int, int]]]) -> str | None:
         pieces = tuple(Piece("f", "n", 0, shape, offset) for offset, shape in boxes)
-        return _pieces_problem(TensorRecord("uint8", (4, 6), pieces))
+        return pieces_problem(TensorRecord("uint8", (4, 6), pieces))
 
     tiles = [((row, column), (2, 3)) for row, column in itertools.product((0, 2), (0, 3))]
     assert problem(tiles) is None

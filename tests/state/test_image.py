@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from holdfast.format import safetensors
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import FileRecord
+from holdfast.format.records import FileRecord
 from holdfast.state.capture import capture
 from holdfast.state.image import StateImage
 

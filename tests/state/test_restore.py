@@ -13,7 +13,7 @@ from torch import nn
 
 import holdfast
 from holdfast.errors import StateMismatchError, UsageError
-from holdfast.format.manifest import CHUNK_BYTES
+from holdfast.format.records import CHUNK_BYTES
 
 
 class Net(nn.Module):

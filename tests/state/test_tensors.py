@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import Piece, TensorRecord
+from holdfast.format.records import Piece, TensorRecord
 from holdfast.state.tensors import tensor_sink
 from holdfast.storage import memory
 

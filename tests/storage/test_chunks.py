@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.format.manifest import FileRecord
+from holdfast.format.records import FileRecord
 from holdfast.storage.chunks import digest, digest_of, read_chunks
 
 RecordOf = Callable[[bytes, int], FileRecord]

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, DiskFullError, RunBusyError, StorageError
-from holdfast.format.manifest import CHUNK_BYTES, FileRecord
 from holdfast.format.names import TemporaryName, aside_name, host_label, trash_name
+from holdfast.format.records import CHUNK_BYTES, FileRecord
 from holdfast.storage import direct, durable, local, memory
 from holdfast.storage.chunks import digest
 from holdfast.storage.local import DIRECT_READ_BYTES, LocalCheckpoint, LocalFile, LocalStore

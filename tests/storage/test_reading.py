@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.format.manifest import FileRecord
+from holdfast.format.records import FileRecord
 from holdfast.storage import memory, reading
 from holdfast.storage.reading import FileReads, Read, read_files
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from holdfast.errors import DiskFullError, StorageError
-from holdfast.format.manifest import CHUNK_BYTES, FileRecord
+from holdfast.format.records import CHUNK_BYTES, FileRecord
 from holdfast.storage import direct, durable, memory
 from holdfast.storage.durable import Descriptor
 from holdfast.storage.writing import PART_BYTES, gather, write_files

@@ -1,15 +1,11 @@
 """The manifest: what a checkpoint holds, where each byte of it lies, and what those bytes must be.
 
-Records of tensors and pieces stay out of the garbage collector (``gc=False``): they hold nothing that could refer back,
-and there are many.
+What it says of each tensor and file is in :mod:`holdfast.format.records`.
 """
 
 from __future__ import annotations
 
 import datetime
-import itertools
-import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -17,12 +13,11 @@ import msgspec
 
 from holdfast.errors import FormatVersionError, UsageError
 from holdfast.format import envelope, strict_json, tree
-from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import MAX_STEP, is_data_file_name, is_entry_name
+from holdfast.format.records import HEX, FileRecord, TensorRecord, check_file, check_tensors
 from holdfast.format.strict_json import cut, shown
 
 FORMAT = "holdfast/1"
-CHUNK_BYTES = 2 * 2**20
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_ANNOTATIONS_BYTES = 16 * 2**20
 MAX_MANIFEST_COST_BYTES = 192 * 2**20
@@ -32,71 +27,13 @@ MAX_COST_A_BYTE = 16
 MAX_STATE_MARKS = 400_000
 """How many ``, : [ {`` the trees of a state may have together: AdamW on 20,000 parameters, decoded in half a second."""
 MAX_ANNOTATIONS_COST_BYTES = 48 * 2**20
-MAX_DIMENSIONS = 64
 MAX_FILES = 10_000
-MAX_CORNERS = 2**19
-"""Of all pieces of tensors that are cut, together: two for each dimension that is cut, multiplied."""
-_MAX_BYTES = 2**63 - 1
-_MAX_ELEMENTS = _MAX_BYTES // 16  # of the widest type
-_MAX_CHUNK_BYTES = 64 * 2**20
 # A value of the typed tree beside the JSON that it is decoded from: a mark of a tag may begin a deque, a byte of text
 # may be one of base64.
 _VALUE_BYTES_A_BYTE = 1
 _VALUE_BYTES_A_MARK = 70
-_MEMORY_FORMATS = {"contiguous": None, "channels_last": 4, "channels_last_3d": 5}  # and the dimensions each needs
-_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _SUPPORTED_BY = {FORMAT: "0.1"}
 _NUMBER_TAGS = frozenset({"$float", "$int"})
-_Spans = dict[str, list[tuple[int, int]]]  # by file, where the bytes of tensors begin and end
-
-
-class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
-    """A box of a tensor, stored in one file.
-
-    Attributes:
-        file: the data file's name.
-        name: the tensor's name in that file.
-        begin: where its bytes begin, from the start of the file.
-        shape: the box's shape; empty for a scalar, equal to the tensor's unless sharded.
-        offset: where the box starts in the whole tensor, per dimension; empty for the origin.
-    """
-
-    file: str
-    name: str
-    begin: int
-    shape: tuple[int, ...]
-    offset: tuple[int, ...] = ()
-
-
-class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
-    """One tensor or array: what it is and of which pieces it is made.
-
-    Attributes:
-        dtype: PyTorch's name of the element type.
-        shape: the global shape.
-        pieces: one unless sharded.
-        memory_format: how the saved tensor lay in memory; its bytes in the file are always in logical order.
-        device: where the saved tensor lived, such as ``cpu`` or ``cuda:1``.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    memory_format: str = "contiguous"
-    device: str = "cpu"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A data file: its size, and the xxh3_128 of each chunk of ``chunk_bytes`` (the last may be shorter)."""
-
-    bytes: int
-    chunk_bytes: int
-    xxh3_128: tuple[str, ...]
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -361,22 +298,9 @@ def _check_body(manifest: Manifest) -> None:
     """Refuse whatever the types alone do not, of what is not in the head."""
     _require(set(manifest.state) == set(manifest.tensors), "state and tensors name different entries")
     _check_twins(manifest.state)
-    spans: _Spans = {name: [] for name in manifest.files}
-    corners = 0
-    for entry, tensors in manifest.tensors.items():
+    for entry in manifest.tensors:
         _require(is_entry_name(entry.removeprefix("_")), f"{shown(entry)} is not the name of an entry")
-        for name, record in tensors.items():
-            problem = _tensor_problem(record, manifest.files, spans)
-            if problem is None and len(record.pieces) > 1:
-                corners += _corners(record)
-                problem = _pieces_problem(record) if corners <= MAX_CORNERS else "is cut in too many dimensions"
-            if problem is not None:
-                raise ValueError(f"{entry}/{cut(name)}: {problem}")
-    for file, found in spans.items():
-        found.sort()
-        for (_, end), (begin, _) in itertools.pairwise(found):
-            if begin < end:
-                raise ValueError(f"{file}: two tensors have the bytes {begin} to {end}")
+    check_tensors(manifest.tensors, manifest.files)
     for entry, aliases in manifest.aliases.items():
         known = manifest.tensors.get(entry, {})
         for alias, name in aliases.items():
@@ -392,7 +316,7 @@ def _check_head(manifest: Head) -> None:
         ("run_id", manifest.run_id),
         ("parent", manifest.parent),
     ):
-        if value is not None and _ID.fullmatch(value) is None:
+        if value is not None and HEX.fullmatch(value) is None:
             raise ValueError(f"{name}: expected 32 hex digits, found {shown(value)}")
     _check_time(manifest.created_at)
     _check_metrics(manifest.metrics)
@@ -400,7 +324,7 @@ def _check_head(manifest: Head) -> None:
     _check_twins(manifest.files)
     for name, file in manifest.files.items():
         _require(is_data_file_name(name), f"{shown(name)} is not the name of a data file")
-        _check_file(name, file)
+        check_file(name, file)
 
 
 def _check_files(manifest: Manifest | Head) -> None:
@@ -434,124 +358,6 @@ def _check_time(text: str) -> None:
     except ValueError as error:
         raise ValueError(f"created_at: expected a time, found {shown(text)}") from error
     _require(zone == datetime.timedelta(), f"created_at: expected a time in UTC, found {shown(text)}")
-
-
-def _check_file(name: str, file: FileRecord) -> None:
-    _require(0 <= file.bytes <= _MAX_BYTES, f"{name}: {file.bytes} bytes is out of range")
-    _require(4096 <= file.chunk_bytes <= _MAX_CHUNK_BYTES, f"{name}: chunks of {file.chunk_bytes} bytes")
-    chunks = -(-file.bytes // file.chunk_bytes)
-    _require(len(file.xxh3_128) == chunks, f"{name}: expected {chunks} checksums, found {len(file.xxh3_128)}")
-    _require(all(map(_ID.fullmatch, file.xxh3_128)), f"{name}: a checksum is not 32 hex digits")
-
-
-def _tensor_problem(record: TensorRecord, files: Mapping[str, FileRecord], spans: _Spans) -> str | None:
-    """What is wrong with a tensor's record, but for how its pieces fit together; notes where in its files it lies.
-
-    Says so in words only where something is: a run of a thousand checkpoints has half a million tensors to be listed.
-    """
-    shape = record.shape
-    dtype = DTYPES.get(record.dtype)
-    if dtype is None:
-        return f"unknown dtype {shown(record.dtype)}"
-    if not is_shape(shape):
-        return f"impossible shape {shown(shape)}"
-    if record.memory_format not in _MEMORY_FORMATS:
-        return f"unknown memory format {shown(record.memory_format)}"
-    if _MEMORY_FORMATS[record.memory_format] not in (None, len(shape)):
-        return f"{record.memory_format} of shape {shape}"
-    return _places_problem(record, dtype.itemsize, files, spans)
-
-
-def _places_problem(record: TensorRecord, itemsize: int, files: Mapping[str, FileRecord], spans: _Spans) -> str | None:
-    """Why the pieces do not lie in their tensor and files."""
-    shape = record.shape
-    if not record.pieces:
-        return "has no pieces"
-    whole = len(record.pieces) == 1
-    for piece in record.pieces:
-        if piece.file not in files:
-            return f"lies in {shown(piece.file)}, which the manifest does not list"
-        if not (whole and piece.shape == shape and not piece.offset):
-            problem = _piece_problem(record, piece)
-            if problem is not None:
-                return problem
-        end = piece.begin + math.prod(piece.shape) * itemsize
-        if piece.begin < 0 or end > files[piece.file].bytes:
-            return f"lies outside {piece.file}"
-        if end > piece.begin:
-            spans[piece.file].append((piece.begin, end))
-    if whole and record.pieces[0].shape != shape:
-        return f"its pieces cover {math.prod(record.pieces[0].shape)} elements of {shape}"
-    return None
-
-
-def _piece_problem(record: TensorRecord, piece: Piece) -> str | None:
-    """Why a piece is no box of its tensor."""
-    offset = piece.offset or (0,) * len(record.shape)
-    within = (
-        is_shape(piece.shape)
-        and len(piece.shape) == len(offset) == len(record.shape)
-        and all(
-            start >= 0 and start + size <= whole
-            for start, size, whole in zip(offset, piece.shape, record.shape, strict=True)
-        )
-    )
-    return None if within else f"a piece of shape {shown(piece.shape)} at {shown(offset)} is not within {record.shape}"
-
-
-def _pieces_problem(record: TensorRecord) -> str | None:
-    """Why the pieces, each a box within it, do not make up the whole, each element once."""
-    covered = sum(math.prod(piece.shape) for piece in record.pieces)
-    if covered != math.prod(record.shape):
-        return f"its pieces cover {covered} elements of {record.shape}"
-    # Of the right volume and without an overlap, they leave no hole either.
-    return None if _tile(record) else "its pieces overlap"
-
-
-def _cut_dimensions(record: TensorRecord) -> list[int]:
-    """The dimensions that some piece does not span from end to end."""
-    return [
-        dimension
-        for dimension, whole in enumerate(record.shape)
-        if any(piece.shape[dimension] != whole for piece in record.pieces)
-    ]
-
-
-def _corners(record: TensorRecord) -> int:
-    """How many corners its pieces have, in the dimensions that are cut: what it takes to compare them."""
-    return len(record.pieces) << len(_cut_dimensions(record))
-
-
-def _tile(record: TensorRecord) -> bool:
-    """Whether the pieces cover the whole, each element once.
-
-    A box is the sum of what begins at each of its corners, with the sign of the corner: -1 for each dimension in which
-    it lies at the end. So boxes add up to the whole exactly if their corners, with signs, add up to those of the whole.
-    """
-    cut = _cut_dimensions(record)
-    left: dict[tuple[int, ...], int] = {}
-    origin = (0,) * len(record.shape)
-    boxes = [(piece.offset or origin, piece.shape, 1) for piece in record.pieces if 0 not in piece.shape]
-    if 0 not in record.shape:
-        boxes.append((origin, record.shape, -1))
-    for offset, shape, sign in boxes:
-        ends = [((offset[axis], 1), (offset[axis] + shape[axis], -1)) for axis in cut]
-        for corner in itertools.product(*ends):
-            place = tuple(at for at, _ in corner)
-            left[place] = left.get(place, 0) + sign * math.prod(factor for _, factor in corner)
-    return not any(left.values())
-
-
-def is_shape(shape: tuple[Any, ...]) -> bool:
-    """Whether arrays of ``shape`` can be: numpy and torch compute strides as if no size were zero."""
-    if len(shape) > MAX_DIMENSIONS:
-        return False
-    elements = 1
-    for size in shape:
-        if type(size) is not int or size < 0:
-            return False
-        elements *= size or 1
-    return elements <= _MAX_ELEMENTS
 
 
 def _require(holds: bool, otherwise: str) -> None:

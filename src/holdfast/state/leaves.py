@@ -13,7 +13,7 @@ import torch
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import TensorRecord, is_shape
+from holdfast.format.records import TensorRecord, is_shape
 from holdfast.format.strict_json import cut, shown
 from holdfast.format.tree import plain_numpy_dtype
 from holdfast.state.cuda import pinned_buffer, synchronize

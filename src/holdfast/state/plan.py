@@ -10,8 +10,8 @@ import msgspec
 
 from holdfast.format import safetensors
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import Piece, TensorRecord
 from holdfast.format.names import data_file_name, index_name, shard_name
+from holdfast.format.records import Piece, TensorRecord
 from holdfast.format.safetensors import Layout
 from holdfast.state.capture import CapturedEntry, CapturedTensor
 

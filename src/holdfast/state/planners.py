@@ -9,8 +9,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.format.manifest import TensorRecord
 from holdfast.format.names import GRADIENTS_ENTRY
+from holdfast.format.records import TensorRecord
 from holdfast.state import loaders, modules, optimizers, rng
 from holdfast.state.gradients import parameters_of
 from holdfast.state.kinds import Kind

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from holdfast.errors import UnsupportedValueError
 from holdfast.format.dtypes import DTYPES
-from holdfast.format.manifest import Piece, TensorRecord
+from holdfast.format.records import Piece, TensorRecord
 from holdfast.format.tree import unsupported
 from holdfast.storage.boxes import BoxSink, FlatSink, box_of
 from holdfast.storage.reading import Sink

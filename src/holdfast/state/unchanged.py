@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.format.manifest import FileRecord
+from holdfast.format.records import FileRecord
 from holdfast.state.capture import CapturedEntry, CapturedTensor
 from holdfast.state.image import StateImage
 from holdfast.state.plan import FilePlan, Plan, Planner

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from holdfast.format.manifest import FileRecord
+from holdfast.format.records import FileRecord
 from holdfast.storage.store import StoredFile
 
 _LOST = frozenset({errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO)})

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import msgspec
 
-from holdfast.format.manifest import FileRecord
+from holdfast.format.records import FileRecord
 from holdfast.storage import memory
 from holdfast.storage.chunks import read_chunks
 from holdfast.storage.store import StoredFile

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
-from holdfast.format.manifest import FileRecord
+from holdfast.format.records import FileRecord
 
 
 class StoredFile(Protocol):

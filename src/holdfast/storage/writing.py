@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 from holdfast.errors import storage_errors
-from holdfast.format.manifest import CHUNK_BYTES, FileRecord
+from holdfast.format.records import CHUNK_BYTES, FileRecord
 from holdfast.storage import direct, durable, memory
 from holdfast.storage.arena import MemoryImage
 from holdfast.storage.chunks import digest

@@ -264,8 +264,6 @@ def _watched(path: Path, names: Collection[str], answers: io.TextIOBase) -> None
     watch = _Watch(path.parent)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     measured = _peak_is_known()
-    gc.collect()
-    gc.freeze()
     before_bytes = _status_bytes("VmRSS")
     sys.addaudithook(watch)
     for name in names:
@@ -313,10 +311,13 @@ def _watched(path: Path, names: Collection[str], answers: io.TextIOBase) -> None
 
 def _in_a_child(path: Path, names: Collection[str]) -> Iterator[Mapping[str, Any]]:
     reading, writing = os.pipe()
+    gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pid = os.fork()
     if pid == 0:
+        # What other tests left is not this process's to collect: a process group without its threads never ends.
+        gc.freeze()
         status = 1
         try:
             os.close(reading)

@@ -26,7 +26,8 @@ from pathlib import Path
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch is imported
     os.environ[variable] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples")]  # the laboratory, and what the examples compare by
 
 from lab import soak_beside as beside
 from lab.soak_faults import Injector, has_strace

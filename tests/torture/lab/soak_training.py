@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
+from digest import digest
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -133,35 +133,9 @@ def digest_of(training: Training) -> Digest:
         "loader": training.loader.state_dict(),
     }
     generators = [random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()]
-    return Digest(digest_of_loaded(contents), _digest(generators))
+    return Digest(digest_of_loaded(contents), digest(generators))
 
 
 def digest_of_loaded(loaded: Mapping[str, Any]) -> str:
     """``Digest.contents`` of what ``holdfast.load`` returned."""
-    return _digest({name: loaded[name] for name in ("model", "optimizer", "scheduler", "loader")})
-
-
-def _digest(value: object) -> str:
-    hasher = xxhash.xxh3_128()
-    _update(hasher, value)
-    return hasher.hexdigest()
-
-
-def _update(hasher: xxhash.xxh3_128, value: object) -> None:
-    if isinstance(value, Tensor):
-        hasher.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-        hasher.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray):
-        hasher.update(f"array {value.dtype} {value.shape};".encode())
-        hasher.update(value.tobytes())
-    elif isinstance(value, Mapping):
-        hasher.update(f"mapping of {len(value)};".encode())
-        for key in sorted(value, key=repr):
-            hasher.update(f"{key!r}:".encode())
-            _update(hasher, value[key])
-    elif isinstance(value, list | tuple):
-        hasher.update(f"sequence of {len(value)};".encode())
-        for item in value:
-            _update(hasher, item)
-    else:
-        hasher.update(f"{value!r};".encode())  # which tells 1 from 1.0, and gives every bit of a float
+    return digest({name: loaded[name] for name in ("model", "optimizer", "scheduler", "loader")})

@@ -101,6 +101,7 @@ def explore(
     seed: int = 0,
     judge: Judge | None = None,
     enough: int = 10,
+    aftermath_every: int = 1,
 ) -> Findings:
     """Judge the disks that a crash may leave.
 
@@ -111,14 +112,16 @@ def explore(
         seed: of everything that is left to chance.
         judge: by default the workload's own.
         enough: stop after so many that break promises.
+        aftermath_every: start again only on one of so many.
     """
     judge = WORKLOADS[recording.workload].judge if judge is None else judge
+    judges = [judge, *[judge.at_first_sight()] * (aftermath_every - 1)]
     use_variant(recording.variant)
     findings = Findings()
     for crash in sample(recording, most, seed):
         folder = Path(tempfile.mkdtemp(dir=scratch))
         crash.build(folder)
-        problems = judge.problems(folder, crash.promises)
+        problems = judges[findings.states % len(judges)].problems(folder, crash.promises)
         shutil.rmtree(folder)
         findings.states += 1
         if problems:

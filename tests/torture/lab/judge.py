@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Generator, Iterator
@@ -36,6 +37,9 @@ class Judge(Protocol):
     def problems(self, directory: Path, promises: Promises) -> list[str]:
         """Every promise that is broken, in words; may change what is there."""
 
+    def at_first_sight(self) -> Judge:
+        """The same, without what takes long."""
+
 
 class RunJudge:
     """What holds of the directory of a run, whenever the machine stops.
@@ -50,6 +54,12 @@ class RunJudge:
         self._broken = broken
         self._foreign = foreign
         self._aftermath = aftermath
+
+    def at_first_sight(self) -> Judge:
+        """The same, without the aftermath."""
+        quick = copy.copy(self)
+        quick._aftermath = False
+        return quick
 
     def problems(self, directory: Path, promises: Promises) -> list[str]:
         """Every promise that is broken, in words; changes what is there when it looks at the aftermath."""
@@ -119,6 +129,10 @@ class RunJudge:
 
 class PathJudge:
     """What holds of a checkpoint that is replaced under one name, as the functions of ``holdfast.classic`` do."""
+
+    def at_first_sight(self) -> Judge:
+        """It takes no longer."""
+        return self
 
     def problems(self, directory: Path, promises: Promises) -> list[str]:
         """Every promise that is broken, in words."""

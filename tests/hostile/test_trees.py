@@ -201,7 +201,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
     "hexadecimal": lambda: repeated(b'{"$int":"0x' + b"f" * 100_000 + b'"}', 400),
     "control characters": lambda: repeated(b'"\\u001b[2J\\u009b"', 22_000),
 }
-QUICK = ("counters", "deep", "times", "codec within set", "wide text")
+QUICK = ("counters", "deep", "wide text")
 """Those that take the most of something; the others take their turn in `make torture`."""
 
 

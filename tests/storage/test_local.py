@@ -18,9 +18,10 @@ import pytest
 from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, DiskFullError, RunBusyError, StorageError
 from holdfast.format.names import TemporaryName, aside_name, host_label, trash_name
 from holdfast.format.records import CHUNK_BYTES, FileRecord
-from holdfast.storage import direct, durable, local, memory
+from holdfast.storage import direct, durable, local, local_reading, memory
 from holdfast.storage.chunks import digest
-from holdfast.storage.local import DIRECT_READ_BYTES, LocalCheckpoint, LocalFile, LocalStore
+from holdfast.storage.local import LocalStore
+from holdfast.storage.local_reading import DIRECT_READ_BYTES, LocalCheckpoint, LocalFile
 from holdfast.storage.residency import cached_share
 
 Commit = Callable[..., str]
@@ -503,7 +504,7 @@ def test_a_file_in_memory_is_read_through_the_page_cache(large: LocalFile) -> No
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_what_the_page_cache_holds_decides(large: LocalFile, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     """Mostly there, or mostly not."""
-    monkeypatch.setattr(local, "cached_share", lambda file, nbytes: share)
+    monkeypatch.setattr(local_reading, "cached_share", lambda file, nbytes: share)
     monkeypatch.setattr(direct, "enable", lambda file: 4096)
     assert large.choose_way() == (1 if share else DIRECT_READ_BYTES)
 

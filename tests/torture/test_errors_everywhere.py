@@ -33,6 +33,8 @@ RecordProperty = Callable[[str, object], None]
 
 EVERYTHING = ("pins and metrics", "frozen data linked", "replacing")
 """Between them they do all that there is to do to a disk; the others do it in other orders, and more often."""
+LIKE_ENOSPC = ("EDQUOT", "EFBIG")
+"""Treated like it everywhere, so that a sample does where there is little time."""
 SEVERAL_PROCESSES = ("two writers", "a reader beside")
 """How often they call what depends on how far the other is: an error may come late, in the save afterwards, or not."""
 SEVERAL_THREADS = ("background saves", "fall-back")
@@ -43,8 +45,8 @@ def chosen(workload: str, code: str, found: list[Place], full: bool) -> list[Pla
     changes = [place for place in found if place.changes]
     if full:
         return found if code in ERRORS else changes
-    if workload not in EVERYTHING or code not in ERRORS:
-        return random.Random(workload + code).sample(changes, 1)
+    if workload not in EVERYTHING or code not in ERRORS or code in LIKE_ENOSPC:
+        return random.Random(workload + code).sample(changes, 2)
     kinds = {(before.name, place.kind): place for before, place in itertools.pairwise([changes[-1], *changes])}
     if code in ("EIO", "EMFILE"):  # nothing else can come of opening what is there
         kinds.update({("", place.kind): place for place in found if place.name == "openat" and not place.changes})

@@ -48,9 +48,13 @@ class RunJudge:
         broken: names of checkpoints that were damaged before, and stay where they are.
         foreign: whether :func:`place_foreign` was called.
         aftermath: also start again on what is there: clean up, save, load, and apply a retention policy.
+        place: where the run is, below the directory that is judged.
     """
 
-    def __init__(self, *, broken: frozenset[str] = frozenset(), foreign: bool = False, aftermath: bool = True) -> None:
+    def __init__(
+        self, *, broken: frozenset[str] = frozenset(), foreign: bool = False, aftermath: bool = True, place: str = ""
+    ) -> None:
+        self._place = place
         self._broken = broken
         self._foreign = foreign
         self._aftermath = aftermath
@@ -64,7 +68,7 @@ class RunJudge:
     def problems(self, directory: Path, promises: Promises) -> list[str]:
         """Every promise that is broken, in words; changes what is there when it looks at the aftermath."""
         with _quiet():
-            return [*self._problems(directory, promises)]
+            return [*self._problems(directory / self._place, promises)]
 
     def _problems(self, directory: Path, promises: Promises) -> Iterator[str]:
         if not directory.exists():

@@ -50,7 +50,6 @@ class Call:
     name: str
     arguments: tuple[Argument, ...]
     result: int
-    opened: str | None = None  # the path of a descriptor that it returned
 
 
 class StraceError(RuntimeError):
@@ -100,9 +99,7 @@ def calls(recording: str) -> Iterator[Call]:
         match = _CALL.match(whole)
         if match is None or match[4] == "?" or int(match[4]) < 0:
             continue  # it failed, or is no call: a process that ended, say
-        opened = _TOKEN.match(whole, match.start(4))
-        path = None if opened is None or opened["fd"] is None else _text(opened["path"]).decode()
-        yield Call(match[2], tuple(_arguments(match[3])), int(match[4]), path)
+        yield Call(match[2], tuple(_arguments(match[3])), int(match[4]))
 
 
 def is_mark(call: Call) -> bool:

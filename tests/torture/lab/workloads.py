@@ -19,7 +19,7 @@ from holdfast.format.names import CheckpointName
 from holdfast.state import unchanged
 from holdfast.storage import durable
 from lab.judge import Judge, PathJudge, RunJudge, place_foreign
-from lab.marks import Marks, Promises
+from lab.marks import Marks
 from lab.states import fill, number_of, numbered
 
 
@@ -82,14 +82,6 @@ def _save_in_what_the_user_made(directory: Path, marks: Marks) -> None:
     """A script makes its directories itself, a moment before it saves, and syncs nothing."""
     (directory / _FIRST).mkdir(parents=True)
     _save_first(directory, marks)
-
-
-class _FirstJudge(RunJudge):
-    """For a run in directories that are new too."""
-
-    def problems(self, directory: Path, promises: Promises) -> list[str]:
-        """Every promise that is broken."""
-        return super().problems(directory / _FIRST, promises)
 
 
 def _save_beside(directory: Path, marks: Marks) -> None:
@@ -283,11 +275,11 @@ _IN_A_RUN = RunJudge(foreign=True)
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("first save", _save_first, judge=_FirstJudge(), run=_FIRST),
+        Workload("first save", _save_first, judge=RunJudge(place=_FIRST), run=_FIRST),
         Workload(
             "first save in the user's directory",
             _save_in_what_the_user_made,
-            judge=_FirstJudge(),
+            judge=RunJudge(place=_FIRST),
             run=_FIRST,
             ours=False,
         ),

@@ -36,7 +36,10 @@ from holdfast.format import envelope, tree
 from holdfast.format import manifest as manifests
 
 CPU_S = 1.0
-WALL_S = 30
+"""What a reader may take, on a machine on which `_unit_s` is `UNIT_S`: elsewhere, or while it is busy, as much more."""
+UNIT_S = 0.005
+ATTEMPTS = 3  # a machine may become busy in the middle of one
+WALL_S = 60
 GROWTH_BYTES = 256 * 2**20
 
 _runner = CliRunner()
@@ -254,6 +257,44 @@ def _peak_is_known() -> bool:
     return bool(_status_bytes("VmHWM"))
 
 
+def _unit_s() -> float:
+    """How long this machine takes, now, for a little of what readers do: the CPU time of it."""
+    begin_s = time.process_time()
+    repr(json.loads(_UNIT))
+    return time.process_time() - begin_s
+
+
+_UNIT = json.dumps([[[n], str(n)] for n in range(10_000)])
+
+
+def _attempt(name: str, path: Path, watch: _Watch) -> tuple[str, str, list[str]]:
+    """Run one reader: the class of its error and what that said, and what it did that a reader does not do."""
+    error, message = "", ""
+    seen: list[str] = []
+    may_s = CPU_S * max(1.0, min(_unit_s() for _ in range(3)) / UNIT_S)
+    # Where it is in C all the time, no handler of ours is called: the kernel ends it.
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + may_s) + 5, resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_PROF, may_s)
+    signal.alarm(WALL_S)
+    try:
+        result = READERS[name](path)
+        seen = list(watch.seen)
+        message = str(result) if isinstance(result, int) else ""
+        del result
+    except _TooLongError:
+        error, message = "too long", f"more than {may_s:.1f} s of CPU time, or {WALL_S} s"
+    except BaseException as caught:  # noqa: BLE001 - what it may be is what is tested
+        seen = list(watch.seen)  # without what is opened to show it
+        error, message = type(caught).__name__, str(caught)[:2000]
+        if not isinstance(caught, HoldfastError):
+            error, message = f"foreign {error}", traceback.format_exc()[-1500:]
+        del caught
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+    return error, message, seen
+
+
 def _watched(path: Path, names: Collection[str], answers: io.TextIOBase) -> None:
     """Run every reader, and write of each what became of it, as soon as it is known."""
     warnings.simplefilter("ignore")
@@ -274,29 +315,10 @@ def _watched(path: Path, names: Collection[str], answers: io.TextIOBase) -> None
         answers.write(json.dumps({"begun": name}) + "\n")
         answers.flush()
         peak = measured and _peak_is_known()
-        error, message = "", ""
-        seen: list[str] = []
-        # Where it is in C all the time, no handler of ours is called: the kernel ends it.
-        used_s = int(time.process_time())
-        resource.setrlimit(resource.RLIMIT_CPU, (used_s + 5, resource.RLIM_INFINITY))
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)
-        signal.alarm(WALL_S)
-        try:
-            result = READERS[name](path)
-            seen = list(watch.seen)
-            message = str(result) if isinstance(result, int) else ""
-            del result
-        except _TooLongError:
-            error, message = "too long", f"more than {CPU_S} s of CPU time, or {WALL_S} s"
-        except BaseException as caught:  # noqa: BLE001 - what it may be is what is tested
-            seen = list(watch.seen)  # without what is opened to show it
-            error, message = type(caught).__name__, str(caught)[:2000]
-            if not isinstance(caught, HoldfastError):
-                error, message = f"foreign {error}", traceback.format_exc()[-1500:]
-            del caught
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.alarm(0)
+        for _ in range(ATTEMPTS):
+            error, message, seen = _attempt(name, path, watch)
+            if error != "too long":
+                break
         growth_bytes = _status_bytes("VmHWM") - before_bytes if peak else 0
         answer = {
             "name": name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from holdfast.errors import (
     UnsupportedValueError,
     storage_errors,
 )
-from holdfast.format import envelope, tree
+from holdfast.format import envelope, safetensors, tree
 from holdfast.format import manifest as manifests
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import Annotations, Head, Manifest
@@ -33,7 +34,8 @@ from holdfast.format.names import (
     MANIFEST,
     CheckpointName,
 )
-from holdfast.format.records import FileRecord, TensorRecord
+from holdfast.format.records import FileRecord, Piece, TensorRecord
+from holdfast.format.safetensors import StoredTensor
 from holdfast.format.strict_json import shown
 from holdfast.inspection import (
     annotations_damage,
@@ -45,7 +47,7 @@ from holdfast.inspection import (
     unreadable,
 )
 from holdfast.storage import memory
-from holdfast.storage.boxes import array_sink, box_of
+from holdfast.storage.boxes import array_sink, box_of, overlap
 from holdfast.storage.local import LocalStore
 from holdfast.storage.reading import FileReads, Read, read_files
 from holdfast.storage.store import Store, StoredCheckpoint
@@ -82,6 +84,7 @@ class Checkpoint:
         self._head = head
         self._data = data  # the manifest's bytes, whose long parts are decoded when somebody asks for them
         self._annotations = annotations
+        self._headers: dict[str, Mapping[str, StoredTensor]] = {}
         self.name = name
 
     def __repr__(self) -> str:
@@ -245,11 +248,51 @@ class Checkpoint:
         with memory.enough_memory(name, record.nbytes):
             array = np.empty(record.shape, numpy_name)
         wanted: dict[str, list[Read]] = {}
-        for piece in record.pieces:
+        for piece in self.pieces(f"{entry}/{tensor}", record):
             box = box_of(array, piece.offset, piece.shape)
             wanted.setdefault(piece.file, []).append(Read(piece.begin, box.nbytes, array_sink(box)))
         self.read_files(wanted)
         return array
+
+    def pieces(
+        self, key: str, record: TensorRecord, box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    ) -> Sequence[Piece]:
+        """Where the bytes of a tensor lie. Blocks where headers of files have to be read for it; they are remembered.
+
+        Args:
+            key: ``entry/name`` of the tensor; of tied ones that which is stored.
+            record: what the manifest says of it.
+            box: offset and shape of the part that is wanted; all of it by default.
+
+        Raises:
+            CorruptCheckpointError: a file is not what was written.
+        """
+        if not record.layout:
+            return record.pieces
+        name = key.partition("/")[2]
+        files = self.manifest.layouts[record.layout]
+        counts = [-(-whole // size) for whole, size in zip(record.shape, record.cell, strict=True)]
+        found = []
+        for file, index in zip(files, itertools.product(*map(range, counts)), strict=False):
+            offset = tuple(at * size for at, size in zip(index, record.cell, strict=True))
+            shape = tuple(
+                min(size, whole - at) for size, whole, at in zip(record.cell, record.shape, offset, strict=True)
+            )
+            if box is None or overlap(offset, shape, *box) is not None:
+                stored = self._header(file)[name]
+                found.append(Piece(file, name, stored.begin, shape, offset))
+        return found
+
+    def _header(self, file: str) -> Mapping[str, StoredTensor]:
+        if file not in self._headers:
+            size = memoryview(bytearray(8))
+            self.read_files({file: [Read(0, 8, array_sink(np.frombuffer(size, np.uint8)))]})
+            nbytes = safetensors.header_length(size, self.files[file].bytes)
+            prefix = bytearray(nbytes)
+            self.read_files({file: [Read(0, nbytes, array_sink(np.frombuffer(prefix, np.uint8)))]})
+            layout = safetensors.parse(bytes(prefix), self.files[file].bytes)
+            self._headers[file] = {tensor.name: tensor for tensor in layout.tensors}
+        return self._headers[file]
 
     def read_files(
         self,

@@ -11,8 +11,11 @@
     ├── MissingMetricError       (LookupError)         a policy needs a metric that was not given
     ├── AuditError               (RuntimeError)        a training failed while it was audited
     ├── RunBusyError             (OSError)             another process writes this run
+    ├── RanksDifferError         (ValueError)          the processes of a training do not agree on what they save
     └── StorageError             (OSError)             the file system refused
-        └── DiskFullError        (StorageError)        no space, no quota, no inodes, or a size limit
+        ├── DiskFullError        (StorageError)        no space, no quota, no inodes, or a size limit
+        └── RankError            (StorageError)        a process of the training could not do its part
+            └── RankTimeoutError (TimeoutError)        a process of the training did not answer
 
 Each class is also the natural builtin, so code that knows nothing of Holdfast can catch it. Each error carries
 ``path``, ``step`` and ``key`` (None where they mean nothing).
@@ -37,6 +40,9 @@ __all__ = [
     "FormatVersionError",
     "HoldfastError",
     "MissingMetricError",
+    "RankError",
+    "RankTimeoutError",
+    "RanksDifferError",
     "RunBusyError",
     "SaveTimeoutError",
     "StateMismatchError",
@@ -186,6 +192,36 @@ class StorageError(HoldfastError, OSError):
 
 class DiskFullError(StorageError):
     """No space, quota, inodes or file size left for a new checkpoint."""
+
+
+class RankError(StorageError):
+    """A process of the training could not do its part: every process raises this, and it says which and why.
+
+    Nothing was committed; what was durable before is still there.
+
+    Attributes:
+        ranks: those that could not.
+    """
+
+    def __init__(self, message: str, *, ranks: Sequence[int] = (), **where: Any) -> None:
+        super().__init__(message, **where)
+        self.ranks = tuple(ranks)
+
+
+class RankTimeoutError(RankError, TimeoutError):
+    """A process of the training did not answer in the time that it was given."""
+
+
+class RanksDifferError(HoldfastError, ValueError):
+    """The processes of a training do not agree on what they save, or on where they are; nothing was saved.
+
+    Attributes:
+        ranks: those that differ from the first.
+    """
+
+    def __init__(self, message: str, *, ranks: Sequence[int] = (), **where: Any) -> None:
+        super().__init__(message, **where)
+        self.ranks = tuple(ranks)
 
 
 @contextmanager

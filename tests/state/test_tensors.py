@@ -42,7 +42,12 @@ def deliver(target: torch.Tensor, saved: torch.Tensor, piece: Piece, cuts: Seque
     """Restore ``saved`` into ``target``, the later pieces first."""
     name = str(saved.dtype).removeprefix("torch.")
     data = memoryview(bytearray(raw(saved)))
-    sink = tensor_sink(target, TensorRecord(name, tuple(target.shape), (piece,)), piece)
+    found = tensor_sink(target, TensorRecord(name, tuple(target.shape), (piece,)), piece)
+    if found is None:
+        assert not data
+        return
+    begin, nbytes, sink = found
+    assert (begin, nbytes) == (0, len(data))
     borders = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     for begin, end in reversed(list(itertools.pairwise(borders))):
         sink(begin, memory.address_of(data) + begin, end - begin)

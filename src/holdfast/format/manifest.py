@@ -34,9 +34,10 @@ _VALUE_BYTES_A_BYTE = 1
 _VALUE_BYTES_A_MARK = 70
 _SUPPORTED_BY = {FORMAT: "0.1"}
 _NUMBER_TAGS = frozenset({"$float", "$int"})
+_NOTHING = msgspec.Raw(b"{}")
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Everything about a checkpoint but its tensors' bytes. Times are UTC, ISO 8601."""
 
     format: str
@@ -53,6 +54,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aliases: dict[str, dict[str, str]]
     files: dict[str, FileRecord]
     environment: dict[str, Any]
+    layouts: dict[str, tuple[str, ...]] = {}
 
     def record(self, entry: str, name: str) -> TensorRecord:
         """The record of tensor ``name`` of ``entry``, through its alias if it has one; KeyError when there is none."""
@@ -85,6 +87,7 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aliases: msgspec.Raw
     files: dict[str, FileRecord]
     environment: dict[str, Any]
+    layouts: msgspec.Raw = _NOTHING
 
 
 class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,6 +107,7 @@ class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aliases: dict[str, dict[str, str]]
     files: msgspec.Raw
     environment: msgspec.Raw
+    layouts: dict[str, tuple[str, ...]] = {}
 
 
 class _Parts(msgspec.Struct, frozen=True):
@@ -123,6 +127,7 @@ class _Parts(msgspec.Struct, frozen=True):
     aliases: msgspec.Raw
     files: msgspec.Raw
     environment: msgspec.Raw
+    layouts: msgspec.Raw = _NOTHING
 
 
 _Kind = TypeVar("_Kind", _Body, Head)
@@ -214,6 +219,7 @@ def decode(data: bytes, path: str, head: Head | None = None) -> Manifest:
         aliases=body.aliases,
         files=head.files,
         environment=head.environment,
+        layouts=body.layouts,
     )
     _check_body(manifest)
     return manifest

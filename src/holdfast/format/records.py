@@ -54,16 +54,21 @@ class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     Attributes:
         dtype: PyTorch's name of the element type.
         shape: the global shape.
-        pieces: one unless sharded.
+        pieces: where its bytes lie, one piece unless sharded; empty where it is cut into cells.
         memory_format: how the saved tensor lay in memory; its bytes in the file are always in logical order.
         device: where the saved tensor lived, such as ``cpu`` or ``cuda:1``.
+        cell: of a tensor that is cut evenly, the shape of a cell; the last one along a dimension may be shorter. Where
+            a cell begins in its file, the file's own header says.
+        layout: which of the manifest's ``layouts`` names the file of each cell, in row-major order of the cells.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...] = ()
     memory_format: str = "contiguous"
     device: str = "cpu"
+    cell: tuple[int, ...] = ()
+    layout: str = ""
 
     @property
     def nbytes(self) -> int:

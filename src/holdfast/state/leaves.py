@@ -17,6 +17,7 @@ from holdfast.format.records import TensorRecord, is_shape
 from holdfast.format.strict_json import cut, shown
 from holdfast.format.tree import plain_numpy_dtype
 from holdfast.state.cuda import pinned_buffer, synchronize
+from holdfast.state.sharding import local_box
 from holdfast.state.tensors import new_tensor, tensor_sink, torch_dtype
 from holdfast.storage import memory
 from holdfast.storage.boxes import array_sink, box_of
@@ -181,17 +182,24 @@ def fill(
     wanted: dict[str, list[Read]] = {}
     for saved, target in copies:
         record = saved.record
+        if isinstance(saved, SavedTensor):
+            local, offset = local_box(target)
+            for piece in checkpoint.pieces(
+                saved.key, record, None if local is target else (offset, tuple(local.shape))
+            ):
+                found = tensor_sink(local, record, piece, offset)
+                if found is not None:
+                    begin, nbytes, sink = found
+                    wanted.setdefault(piece.file, []).append(Read(piece.begin + begin, nbytes, sink))
+            continue
         itemsize = DTYPES[record.dtype].itemsize
-        for piece in record.pieces:
+        pieces = checkpoint.pieces(saved.key, record)
+        for piece in pieces:
+            # The shape of an array in one piece may be another than that of its bytes.
+            box = target if len(pieces) == 1 else box_of(target, piece.offset, piece.shape)
             nbytes = math.prod(piece.shape) * itemsize
             if nbytes:
-                if isinstance(saved, SavedTensor):
-                    sink = tensor_sink(target, record, piece)
-                elif len(record.pieces) == 1:
-                    sink = array_sink(target)  # its shape may be another than that of its bytes
-                else:
-                    sink = array_sink(box_of(target, piece.offset, piece.shape))
-                wanted.setdefault(piece.file, []).append(Read(piece.begin, nbytes, sink))
+                wanted.setdefault(piece.file, []).append(Read(piece.begin, nbytes, array_sink(box)))
     on_cuda = synchronize(target for _, target in copies)
     checkpoint.read_files(wanted, whole=whole, allocate=pinned_buffer if on_cuda else memory.allocate)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from holdfast.errors import UnsupportedValueError
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.records import Piece, TensorRecord
 from holdfast.format.tree import unsupported
-from holdfast.storage.boxes import BoxSink, FlatSink, box_of
+from holdfast.storage.boxes import BoxSink, FlatSink, RegionSink, box_of, overlap, span
 from holdfast.storage.reading import Sink
 
 _TORCH_DTYPES: dict[torch.dtype, str] = {
@@ -145,16 +146,54 @@ def is_flat(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def tensor_sink(tensor: torch.Tensor, record: TensorRecord, piece: Piece) -> Sink:
-    """What takes the bytes of ``piece`` into its box of ``tensor``, converting where the dtypes differ."""
-    box = tensor if tensor.shape == piece.shape else box_of(tensor.detach(), piece.offset, piece.shape)
-    saved_dtype = torch_dtype(record.dtype)
-    if box.dtype == saved_dtype and is_flat(box):
+def tensor_sink(
+    tensor: torch.Tensor, record: TensorRecord, piece: Piece, offset: tuple[int, ...] = ()
+) -> tuple[int, int, Sink] | None:
+    """Which bytes of ``piece`` belong to ``tensor``, and what takes them there, converting where the dtypes differ.
+
+    Args:
+        tensor: the destination: all of the saved tensor, or a box of it.
+        record: of the saved tensor.
+        piece: where some of it lies.
+        offset: where ``tensor`` begins in the saved one; empty for its origin.
+
+    Returns:
+        Where they begin, from the beginning of the piece, and how many they are; None where there are none.
+    """
+    if not offset and not piece.offset and tensor.shape == piece.shape:
+        count = math.prod(piece.shape)
+        nbytes = count * DTYPES[record.dtype].itemsize
+        return (0, nbytes, _box_sink(tensor, record.dtype, piece.shape, (), count)) if count else None
+    origin = (0,) * len(record.shape)
+    begins, at = piece.offset or origin, offset or origin
+    common = overlap(begins, piece.shape, at, tuple(tensor.shape))
+    if common is None:
+        return None
+    low, size = common
+    box = tensor.detach()
+    if tuple(tensor.shape) != size:
+        box = box_of(box, tuple(here - start for here, start in zip(low, at, strict=True)), size)
+    within = tuple(here - start for here, start in zip(low, begins, strict=True))
+    first, last = span(piece.shape, within, size)
+    itemsize = DTYPES[record.dtype].itemsize
+    return first * itemsize, (last - first) * itemsize, _box_sink(box, record.dtype, piece.shape, within, last - first)
+
+
+def _box_sink(box: torch.Tensor, dtype: str, shape: tuple[int, ...], within: tuple[int, ...], count: int) -> Sink:
+    """What takes so many elements of ``shape``, from the first of the region at ``within`` to its last, to ``box``."""
+    saved_dtype, itemsize = torch_dtype(dtype), DTYPES[dtype].itemsize
+    whole = count == box.numel()
+    if whole and box.dtype == saved_dtype and is_flat(box):
         return FlatSink(box, box.data_ptr())
     box = box.detach()
 
-    def fill(view: torch.Tensor, data: memoryview) -> None:
-        with torch.inference_mode(box.is_inference()):  # a mode of the thread: this may be another than the caller's
-            view.copy_(torch.frombuffer(data, dtype=saved_dtype).view(view.shape))
+    def values(data: memoryview, size: tuple[int, ...]) -> torch.Tensor:
+        return torch.frombuffer(data, dtype=saved_dtype).view(size)
 
-    return BoxSink(box, DTYPES[record.dtype].itemsize, fill)
+    def copy(view: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.inference_mode(box.is_inference()):  # a mode of the thread: this may be another than the caller's
+            view.copy_(source)
+
+    if whole:
+        return BoxSink(box, itemsize, lambda view, data: copy(view, values(data, tuple(view.shape))))
+    return RegionSink(box, itemsize, shape, within, values, copy)

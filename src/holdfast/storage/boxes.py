@@ -80,6 +80,9 @@ class BoxSink:
     def _take_whole(self, first: int, data: memoryview) -> None:
         if len(data) and memory.address_of(data) % self._itemsize:
             data = memoryview(bytearray(data))
+        self._take_aligned(first, data)
+
+    def _take_aligned(self, first: int, data: memoryview) -> None:
         for view in elements(self._box, first, first + len(data) // self._itemsize):
             nbytes = math.prod(view.shape) * self._itemsize
             self._fill(view, data[:nbytes])
@@ -98,6 +101,18 @@ class BoxSink:
         self._take_whole(index, memoryview(element))
 
 
+def array_region_sink(array: np.ndarray[Any, Any], shape: tuple[int, ...], offset: tuple[int, ...]) -> Sink:
+    """What takes the bytes of a box of ``shape``, from which the region at ``offset`` goes to ``array``."""
+    return RegionSink(
+        array,
+        array.itemsize,
+        shape,
+        offset,
+        lambda data, size: np.frombuffer(data, array.dtype).reshape(size),
+        np.copyto,
+    )
+
+
 def array_sink(array: np.ndarray[Any, Any]) -> Sink:
     """What takes the bytes of an array, in logical order."""
     if array.flags.c_contiguous:
@@ -107,6 +122,97 @@ def array_sink(array: np.ndarray[Any, Any]) -> Sink:
         view[...] = np.frombuffer(data, array.dtype).reshape(view.shape)
 
     return BoxSink(array, array.itemsize, fill)
+
+
+def overlap(
+    offset: tuple[int, ...], shape: tuple[int, ...], other_offset: tuple[int, ...], other_shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Offset and shape of what two boxes have in common; None where that is nothing."""
+    low = tuple(map(max, offset, other_offset))
+    high = tuple(
+        min(at + size, other_at + other_size)
+        for at, size, other_at, other_size in zip(offset, shape, other_offset, other_shape, strict=True)
+    )
+    if any(begin >= end for begin, end in zip(low, high, strict=True)):
+        return None
+    return low, tuple(end - begin for begin, end in zip(low, high, strict=True))
+
+
+def span(shape: tuple[int, ...], offset: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, int]:
+    """From which element to which the box at ``offset`` reaches, where elements of ``shape`` stand in logical order."""
+    first = last = 0
+    for whole, at, count in zip(shape, offset, size, strict=True):
+        first = first * whole + at
+        last = last * whole + at + count - 1
+    return first, last + 1
+
+
+def runs(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offset and shape of boxes which one after the other are the elements ``start`` to ``stop`` of ``shape``."""
+    if start >= stop:
+        return
+    if not shape or stop - start == math.prod(shape):
+        yield (0,) * len(shape), shape
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the rows between are whole
+
+    def within(index: int, begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        for at, size in runs(shape[1:], begin, end):
+            yield (index, *at), (1, *size)
+
+    if first > last:
+        yield from within(last, start - last * row, stop - last * row)
+        return
+    yield from within(first - 1, start - (first - 1) * row, row)
+    if first < last:
+        yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
+    yield from within(last, 0, stop - last * row)
+
+
+class RegionSink(BoxSink):
+    """Takes the bytes of a box of which only a region is wanted: those from its first element to its last.
+
+    Args:
+        target: what is filled: it has the shape of the region.
+        itemsize: bytes of one saved element.
+        shape: of the whole box.
+        offset: of the region in it.
+        values: makes an array of some shape of the bytes of its elements.
+        copy: puts such an array, or a part of it, into a view of the target.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        itemsize: int,
+        shape: tuple[int, ...],
+        offset: tuple[int, ...],
+        values: Callable[[memoryview, tuple[int, ...]], Any],
+        copy: Callable[[Any, Any], None],
+    ) -> None:
+        super().__init__(target, itemsize, lambda view, data: None)
+        self._shape = shape
+        self._offset = offset
+        self._size = tuple(target.shape)
+        self._first, _ = span(shape, offset, self._size)
+        self._values = values
+        self._copy = copy
+
+    def _take_aligned(self, first: int, data: memoryview) -> None:
+        first += self._first
+        for at, shape in runs(self._shape, first, first + len(data) // self._itemsize):
+            nbytes = math.prod(shape) * self._itemsize
+            wanted = overlap(at, shape, self._offset, self._size)
+            if wanted is not None:
+                low, size = wanted
+                source = box_of(self._values(data[:nbytes], shape), _from(low, at), size)
+                self._copy(box_of(self._box, _from(low, self._offset), size), source)
+            data = data[nbytes:]
+
+
+def _from(place: tuple[int, ...], origin: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(at - begin for at, begin in zip(place, origin, strict=True))
 
 
 def box_of(value: Any, offset: tuple[int, ...], shape: tuple[int, ...]) -> Any:

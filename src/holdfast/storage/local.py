@@ -58,11 +58,14 @@ MAX_LOG_BYTES = 8 * 2**20
 class LocalPending:
     """A save under way, in a directory of its own that no reader takes for a checkpoint."""
 
-    def __init__(self, store_path: str, parent: Descriptor, name: str, directory: Descriptor) -> None:
+    def __init__(
+        self, store_path: str, parent: Descriptor, name: str, directory: Descriptor, *, joined: bool = False
+    ) -> None:
         self._store_path = store_path
         self._parent = parent
         self._name = name
         self._directory = directory
+        self._joined = joined
         self._committed = False
         self._sealed = False
 
@@ -76,9 +79,20 @@ class LocalPending:
             with source:
                 return durable.link_file(source, file, self._directory, name, nbytes)
 
+    @property
+    def name(self) -> str:
+        """What others call it who join it."""
+        return self._name
+
     def write_files(self, images: Mapping[str, FileImage]) -> dict[str, FileRecord]:
         """Write the data files, durably, and return their records."""
         return write_files(self._directory, images, os.path.join(self._store_path, self._name))
+
+    def leave(self) -> None:
+        """Let go of a save that was joined: the names of its files are durable, as far as this process can tell."""
+        with storage_errors("cannot write", os.path.join(self._store_path, self._name)):
+            durable.sync_directory(self._directory)
+            self._close()
 
     def commit(self, name: str, manifest: bytes) -> None:
         """Make the checkpoint durable and visible as ``name``."""
@@ -120,8 +134,8 @@ class LocalPending:
             self._close()
 
     def abort(self) -> None:
-        """Remove what was written. Never raises: it runs while another error is on its way."""
-        if not self._committed:
+        """Remove what was written, unless it is another's save. Never raises: another error is on its way."""
+        if not self._committed and not self._joined:
             with contextlib.suppress(OSError):
                 _remove_rest(self._parent, self._name, self._directory)
         self._close()
@@ -169,6 +183,24 @@ class LocalStore:
             parent = self._parent()
             try:
                 return self._locked_temporary(parent, step)
+            except BaseException:
+                parent.close()
+                raise
+
+    def join(self, name: str) -> LocalPending:
+        """Write into the save under way that another process began as ``name``.
+
+        It is for that process to commit it, or to abort it.
+        """
+        with storage_errors("cannot save in", self.path):
+            parent = self._parent()
+            try:
+                return LocalPending(self.path, parent, name, durable.open_directory(name, parent), joined=True)
+            except FileNotFoundError as error:
+                parent.close()
+                raise CheckpointNotFoundError(
+                    f"{self.path} has no save under way as {name}.", path=self.path
+                ) from error
             except BaseException:
                 parent.close()
                 raise

@@ -83,6 +83,10 @@ class FileImage(Protocol):
 class PendingCheckpoint(Protocol):
     """A save under way: invisible until committed."""
 
+    @property
+    def name(self) -> str:
+        """What others call it who join it."""
+
     def link_file(self, name: str, checkpoint: str, file: str, nbytes: int) -> bool:
         """Take a file of a committed checkpoint as ``name``, without writing its bytes again.
 
@@ -91,6 +95,9 @@ class PendingCheckpoint(Protocol):
 
     def write_files(self, images: Mapping[str, FileImage]) -> dict[str, FileRecord]:
         """Write the data files, durably, and return the record of each. Called once."""
+
+    def leave(self) -> None:
+        """Let go of a save that was joined, when everything that was written is durable."""
 
     def commit(self, name: str, manifest: bytes) -> None:
         """Make the checkpoint durable and visible as ``name``.
@@ -119,6 +126,12 @@ class Store(Protocol):
 
     def create(self, step: int) -> PendingCheckpoint:
         """Begin a save."""
+
+    def join(self, name: str) -> PendingCheckpoint:
+        """Write into the save that another process began as ``name``; CheckpointNotFoundError where there is none.
+
+        Everything but writing and leaving is for the process that began it.
+        """
 
     def log(self, line: bytes) -> None:
         """Append a line to what is known of past saves; losing it loses no checkpoint."""

@@ -14,7 +14,7 @@ import torch
 import holdfast
 from holdfast import Checkpoint, Run, SaveHandle
 from holdfast.errors import SaveTimeoutError, StorageError
-from holdfast.saving import About
+from holdfast.part import About
 from holdfast.state.capture import CapturedEntry, capture
 from holdfast.state.unchanged import Unchanged
 from holdfast.storage import memory

@@ -8,25 +8,33 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.checkpoint import Checkpoint
+from holdfast.company import Alone, Call, Company, Due, Verdict
 from holdfast.config import ConfigChange
-from holdfast.errors import UsageError
+from holdfast.distributed.joining import company_of
+from holdfast.errors import HoldfastError, UsageError
 from holdfast.keeping import Keeper
 from holdfast.pace import Pace
-from holdfast.policies import Every, KeepLast, Moment, SavePolicy, spacing_s
+from holdfast.part import About
+from holdfast.policies import Every, KeepLast, Moment, SavePolicy, calm_steps, spacing_s
 from holdfast.preemption import Preemption
 from holdfast.preemption.leaving import PreemptionWatch, Saver
-from holdfast.resume import Resume, Source, resume_run
+from holdfast.resume import PerRankPolicy, Resume, Source, resume_run
 from holdfast.run import Retention, Run
-from holdfast.saving import About, encode_metrics
+from holdfast.saving import encode_metrics
 from holdfast.state.guard import StepGuard
 from holdfast.state.kinds import estimated_nbytes
 from holdfast.state.report import RestoreReport
 from holdfast.state.unchanged import Unchanged
 from holdfast.training import Training
 from holdfast.writer import SaveHandle, Writer, Writing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Event = Literal["step", "epoch", "batch"]
 
 _logger = logging.getLogger("holdfast")
 _NEWS = 0.25  # a distance between saves that changed by less is not worth a line
@@ -42,6 +50,9 @@ class Checkpointer:
     Saves run in the background: a call copies the state and returns; a thread writes the copy. One save is under way at
     a time. When it fails, the next ``step()``, ``end_epoch()`` or ``save()``, or the end of the block, raises what went
     wrong. The copy takes as much memory as the state; where there is not that much, it says so once, and saves block.
+
+    Under a process group of ``torch.distributed`` every process makes one, with its own live objects, and makes the
+    same calls; together they write one run. See docs/distributed.md.
 
     Not thread-safe: it belongs to the thread that trains. A forked process, such as a loader's worker, cannot save.
 
@@ -70,6 +81,11 @@ class Checkpointer:
         share_unchanged: store what did not change since the last checkpoint, such as frozen parameters, once: it lies
             in a file of its own, which the next checkpoint links. A bit that flips in there damages them all.
         drain_s: how long the end of the block waits for the save under way.
+        group: the processes that train together: ``"world"`` for all of the default process group, if there is one; a
+            process group; or None for this process alone.
+        timeout_s: how long to wait for a process of the group that does not answer.
+        per_rank: what becomes of what each process kept for itself (generators, places in the data) where another
+            number of processes goes on: ``"error"``, ``"reassign"`` or ``"reseed"``, see :func:`holdfast.restore`.
 
     Raises (on entry):
         RunBusyError: another process writes this run.
@@ -79,6 +95,7 @@ class Checkpointer:
         CheckpointExistsError: ``resume="never"`` in a run that has checkpoints.
         FormatVersionError: the newest checkpoint was written by a newer Holdfast.
         StorageError: the directory cannot be made or read.
+        RankError, RankTimeoutError: a process of the group failed, or did not come.
 
     Example:
         >>> with Checkpointer(path, {"model": model}, save=Every(epochs=1)) as ckpt:  # doctest: +SKIP
@@ -104,6 +121,9 @@ class Checkpointer:
         share_unchanged: bool = True,
         drain_s: float = 600.0,
         preemption: Preemption | None = Preemption(),  # noqa: B008 - frozen
+        group: ProcessGroup | Literal["world"] | None = "world",
+        timeout_s: float = 600.0,
+        per_rank: PerRankPolicy = "error",
     ) -> None:
         _check_policies(save, keep)
         self.run = Run(path)
@@ -116,6 +136,10 @@ class Checkpointer:
         self._resume = resume if isinstance(resume, Resume) else Resume(resume)
         self._writing = Writing(background, overlap, when_busy, share_unchanged, drain_s)
         self._preemption = PreemptionWatch(preemption, self.run)
+        self._group = group
+        self._timeout_s = timeout_s
+        self._per_rank = per_rank
+        self._company: Company = Alone()
         self._writer: Writer | None = None
         self._pid = 0
         self._run_id = ""
@@ -160,16 +184,15 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         if self._writer is not None:
             raise UsageError("this Checkpointer is in use already; make another one for another block.")
-        self.run.store.hold()
+        self._company = company_of(self._group, self._timeout_s)
         try:
-            for name in self.run.store.clean():
-                _logger.info("removed %s, left by a save that did not end", os.path.join(self.run.path, name))
+            self._company.enter(self.run)
             self._continue()
             self._writer = self._new_writer()
             self._preemption.begin(self.resumed_from)  # last: nothing that fails after it would undo it
-        except BaseException:
+        except BaseException as error:
             self._writer = None
-            self.run.store.release()
+            self._company.exit(self.run, error)
             raise
         if self.resumed_from is not None:
             self._warm_up(self._writer)
@@ -187,15 +210,16 @@ class Checkpointer:
             if kind is None:
                 if self._unsaved:
                     self._submit("end of training")
-                writer.drain(self._writing.drain_s)
-                writer.check()
+                with self._company.all_succeed("waiting for the last save"):
+                    writer.drain(self._writing.drain_s)
+                self._meet("end")
             elif not self._preemption.left:
                 self._finish_after_error(writer)
         finally:
             self._preemption.end(error)
             writer.close()
             self._writer = None
-            self.run.store.release()
+            self._company.exit(self.run, error)
         return False
 
     def _finish_after_error(self, writer: Writer) -> None:
@@ -225,7 +249,7 @@ class Checkpointer:
         with self._standing_still(whole_step=True):
             self._training.count(accumulating=accumulating)
             self._metrics = {}
-            self._changed()
+            self._unsaved = True
             self._warm_up(self._in_block())
             return self._save_or_leave("batch" if accumulating else "step")
 
@@ -247,7 +271,7 @@ class Checkpointer:
             encoded = encode_metrics(metrics)
             self._training.count_epoch()
             self._metrics = encoded
-            self._changed()
+            self._unsaved = True
             handle = self._save_or_leave("epoch")
             if handle is None and encoded:
                 self._keep_metrics()
@@ -264,7 +288,7 @@ class Checkpointer:
             reason: why, in words, for whoever lists the run.
         """
         with self._standing_still():
-            self._check(self._in_block())
+            self._meet("save")
             self._training.warn_of_batch_in_hand()
             self._metrics = {**self._metrics, **encode_metrics(metrics)}
             return self._submit(reason)
@@ -282,7 +306,7 @@ class Checkpointer:
         """
         self._in_block()
         with self._training.evaluating():
-            self._leave_if_preempted()
+            self._leave_if_asked(self._meet("evaluation"))
 
     def request_preemption(self, reason: str) -> None:
         """Ask the training to leave at its next step, as a signal does. Safe to call from any thread.
@@ -303,17 +327,29 @@ class Checkpointer:
         finally:
             self._pace.go()
 
-    def _changed(self) -> None:
-        """The training went on: there is something to save, and a failure to raise, if there was one."""
-        self._unsaved = True
-        self._check(self._in_block())
-
     # ----------------------------------------------------------------------------------------------------- saving
 
-    def _save_if_due(self, event: Literal["step", "epoch", "batch"]) -> SaveHandle | None:
+    def _meet(self, event: Event | Literal["save", "evaluation", "end"]) -> Verdict:
+        """What is to be done at this call. Raises what failed since the last one."""
+        writer = self._in_block()
+        if self._company.rank == 0:
+            self._preemption.measure(self._last)
+        asked = None if event in ("save", "end") else self._preemption.asked()
+        call = Call(event, self.global_step, self.epoch, writer.failure, asked, self._metrics)
+        verdict = self._company.meet(call, lambda: self._due(event))
+        if verdict.failed is not None:
+            writer.told(verdict.failed.number)
+            self._unsaved = self._unsaved or (verdict.failed.lost and verdict.failed.number == writer.number)
+            raise verdict.failed.error
+        return verdict
+
+    def _due(self, event: str) -> Due:
+        """Whether the policy wants a save."""
+        if event not in ("step", "epoch", "batch"):
+            return Due()
         writer = self._in_block()
         moment = Moment(
-            event,
+            event,  # type: ignore[arg-type]  # one of these three
             self.global_step,
             self.epoch,
             self._pace.since_save_s,
@@ -322,9 +358,16 @@ class Checkpointer:
             busy=writer.busy(),
         )
         reason = self._save_policy.due(moment)
-        if reason is None:
-            return None
-        if self._writing.when_busy == "skip" and writer.busy():
+        calm = calm_steps(self._save_policy, self.global_step)
+        if reason is not None and self._writing.when_busy == "skip" and writer.busy():
+            return Due(skipped=True, calm=calm)
+        return Due(reason, calm=calm)
+
+    def _save_or_leave(self, event: Event) -> SaveHandle | None:
+        """The policy's save, unless the training was asked to leave: before it, or while it began."""
+        verdict = self._meet(event)
+        self._leave_if_asked(verdict)
+        if verdict.due.skipped:
             self.skipped += 1
             _logger.info(
                 "%s: no save at step %d, since one is under way (%d skipped so far)",
@@ -332,30 +375,31 @@ class Checkpointer:
                 self.global_step,
                 self.skipped,
             )
+        if verdict.due.reason is None:
             return None
-        return self._submit(reason)
-
-    def _save_or_leave(self, event: Literal["step", "epoch", "batch"]) -> SaveHandle | None:
-        """The policy's save, unless the training was asked to leave: before it, or while it began."""
-        self._leave_if_preempted()
-        handle = self._save_if_due(event)
-        self._leave_if_preempted()
+        handle = self._submit(verdict.due.reason)
+        if self._company.size == 1:  # several hear of it when they meet again
+            self._leave_if_asked(Verdict(asked=self._preemption.asked()))
         return handle
 
-    def _leave_if_preempted(self) -> None:
-        self._preemption.measure(self._last)
-        if self._preemption.requested:
+    def _leave_if_asked(self, verdict: Verdict) -> None:
+        if verdict.asked is not None:
+            self._preemption.adopt(verdict.asked)
             self._preemption.leave(self._saver(self._in_block()))
 
     def _saver(self, writer: Writer) -> Saver:
         return Saver(
             saved=lambda: None if self._unsaved else self._last or self.resumed_from,
             save=self._submit,
-            drain=writer.drain,
+            drain=lambda seconds: self._drain_together(writer, seconds),
             check=lambda: self._check(writer),
             patience_s=self._writing.drain_s,
-            background=self._writing.background,
+            background=self._writing.background or self._company.size > 1,
         )
+
+    def _drain_together(self, writer: Writer, timeout_s: float) -> None:
+        with self._company.all_succeed("waiting for the save under way"):
+            writer.drain(timeout_s)
 
     def _submit(self, reason: str) -> SaveHandle:
         writer = self._in_block()
@@ -370,22 +414,34 @@ class Checkpointer:
         return handle
 
     def _check(self, writer: Writer) -> None:
-        """Raise what went wrong since the last look; when it was the last save, there is something to save again."""
+        """Raise what went wrong since the last look; when it was the last save, there is something to save again.
+
+        Of several processes one may know already what the others learn when they meet: then nothing is raised here.
+        """
         try:
-            writer.check()
+            writer.check(known=self._company.size > 1)
         finally:
             self._unsaved = self._unsaved or (self._last is not None and self._last.failed())
 
     def _keep_metrics(self) -> None:
         """Give metrics for which no save was due to the checkpoint of this step, if there is one."""
+        if self._company.rank != 0:
+            return
         writer = self._in_block()
-        if self._last is not None and self._last.step == self.global_step:
-            writer.drain()
-            self._check(writer)
-        self._keeper.add_metrics(self._last, self.global_step, self.epoch, self._metrics)
+        try:
+            if self._last is not None and self._last.step == self.global_step:
+                writer.drain()
+                self._check(writer)
+            self._keeper.add_metrics(self._last, self.global_step, self.epoch, self._metrics)
+        except HoldfastError as error:
+            if self._company.size == 1:
+                raise
+            writer.note(error)
 
     def _tell_spacing(self) -> None:
         """Say how far apart saves are, where that follows from what they cost, and it changed."""
+        if self._company.rank != 0:
+            return
         cost_s = self._pace.cost_s
         spacing = None if cost_s is None else spacing_s(self._save_policy, cost_s)
         if spacing is None or abs(spacing - self._told_spacing_s) <= _NEWS * self._told_spacing_s:
@@ -407,10 +463,12 @@ class Checkpointer:
 
     def _new_writer(self) -> Writer:
         own = self.resumed_from if self._resumed_own else None
+        share = self._writing.share_unchanged
         return Writer(
             self.run,
             self._keeper.retain,
-            unchanged=Unchanged(own) if self._writing.share_unchanged else None,
+            begin=self._company.saves(self.run, self._training.state, own, share_unchanged=share),
+            unchanged=Unchanged(own) if share else None,
             background=self._writing.background,
             guard=StepGuard(self._training.state) if self._writing.overlap else None,
         )
@@ -418,8 +476,10 @@ class Checkpointer:
     # -------------------------------------------------------------------------------------------------- resuming
 
     def _continue(self) -> None:
-        resumed = resume_run(self.run, self._training.state, self._resume, self._keeper.policy)
-        self._run_id = resumed.run_id or secrets.token_hex(16)
+        resumed = resume_run(
+            self.run, self._training.state, self._resume, self._keeper.policy, self._company, self._per_rank
+        )
+        self._run_id = self._company.decided("naming the run", lambda: resumed.run_id or secrets.token_hex(16))
         self._resumed_own = resumed.run_id is not None
         self.resumed_from = resumed.checkpoint
         self.report = resumed.report

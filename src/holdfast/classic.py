@@ -19,7 +19,8 @@ from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
 from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, HoldfastError, UsageError
 from holdfast.format.names import MANIFEST, CheckpointName
 from holdfast.loading import load, restore
-from holdfast.saving import About, write
+from holdfast.part import About
+from holdfast.saving import write
 from holdfast.state.capture import capture
 from holdfast.storage.local import LocalStore
 

@@ -6,16 +6,16 @@ import fnmatch
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
 from holdfast.collector import collector_paused
-from holdfast.errors import CorruptCheckpointError, Damage, HoldfastError, UsageError
+from holdfast.errors import UsageError
 from holdfast.format import tree
-from holdfast.format.names import MANIFEST
 from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor, fill, map_leaves
+from holdfast.state.ranks import SavedRanks, decoded
 from holdfast.state.report import RestoreReport
 from holdfast.state.restore import restore_state
 
@@ -28,6 +28,7 @@ def load(
     device: str | torch.device = "cpu",
     only: str | Iterable[str] | None = None,
     mmap: bool = False,
+    rank: int | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint into new values, nested as they were saved. Blocks; every byte is verified.
 
@@ -43,11 +44,14 @@ def load(
             a damaged byte goes unnoticed (``holdfast.open(path).verify()`` looks for one), and where the disk fails,
             or somebody cuts a file short, looking at a tensor kills the process (SIGBUS). Writing to a tensor changes
             a private copy, never the file. Tensors come in logical order, whatever their memory format was.
+        rank: give also the entries that each rank kept for itself (generators, places in the data), as this one had
+            them. They are left out by default.
 
     Raises:
         CheckpointNotFoundError: there is none.
         CorruptCheckpointError: names file and tensors whose bytes are not those that were written.
-        UsageError: a pattern matches nothing, or ``mmap`` is to give tensors elsewhere than on the CPU.
+        UsageError: a pattern matches nothing, or ``mmap`` is to give tensors elsewhere than on the CPU, or no ``rank``
+            of this number saved it.
     """
     if mmap and torch.device(device).type != "cpu":
         raise UsageError(
@@ -57,10 +61,15 @@ def load(
         checkpoint = open(path)
         selection = _Selection(checkpoint, only)
         loaded = {}
-        for entry, node in checkpoint.manifest.state.items():
-            if entry.startswith("_"):
-                continue
-            value = selection.pruned(_decoded(checkpoint, entry, node, device), entry, entry)
+        saved = {
+            entry: decoded(checkpoint, entry, node, SavedLeaves(checkpoint, entry, device))
+            for entry, node in checkpoint.manifest.state.items()
+            if not entry.startswith("_")
+        }
+        if rank is not None:
+            saved |= _values_of_rank(checkpoint, rank, device)
+        for entry, whole in saved.items():
+            value = selection.pruned(whole, entry, entry)
             if value is not _ABSENT:
                 loaded[entry] = value
         selection.check()
@@ -78,8 +87,14 @@ def restore(
     generators: bool | None = None,
     only: Iterable[str] | None = None,
     override: Mapping[str, Any] | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    per_rank: Literal["error", "reassign", "reseed"] = "error",
 ) -> RestoreReport:
     """Restore a checkpoint into live objects, in place. Blocks; every chunk is verified before its bytes are used.
+
+    Where there are several processes, each calls it. Of tensors that are cut over them (``DTensor``), each fills what
+    it holds, however they were cut when they were saved. Nothing is sent between them.
 
     The structure is compared before anything is touched. Tensors keep their identity and their device; plain values in
     ``state`` are replaced. Entries of the checkpoint that are not in ``state`` are left out and listed in the report.
@@ -96,17 +111,24 @@ def restore(
             ``"optimizer.param_groups[1].weight_decay"`` for one, ``"scheduler.T_max"`` for an attribute of a scheduler,
             ``"settings.temperature"`` for a plain value. With a learning rate, the schedulers of ``state`` are scaled
             by the same factor.
+        rank: of this process; that of ``torch.distributed`` by default, 0 where that is not initialized.
+        world_size: how many processes restore; likewise, or 1.
+        per_rank: what becomes of what each rank kept for itself (generators, places in the data), where another number
+            of ranks saved it. ``"error"`` refuses; ``"reassign"`` gives rank r what rank r had, and seeds the
+            generators of further ranks anew; ``"reseed"`` seeds all of them anew. New seeds follow from the checkpoint
+            and the rank. What is not taken over and is no generator stays as it was constructed; the report says so.
 
     Returns:
         What was restored and what was not.
 
     Raises:
-        StateMismatchError: live objects and checkpoint differ; nothing was touched.
+        StateMismatchError: live objects and checkpoint differ, or the number of ranks does; nothing was touched.
         CorruptCheckpointError: damage was found while reading; live tensors may hold a mixture now.
         CheckpointNotFoundError: there is none.
         UsageError: ``only`` or ``override`` names what is not there; nothing was touched.
     """
     with collector_paused():
+        place = _place(rank, world_size)
         checkpoint = path if isinstance(path, Checkpoint) else open(path)
         return restore_state(
             checkpoint,
@@ -115,13 +137,43 @@ def restore(
             generators=only is None if generators is None else generators,
             only=None if only is None else _chosen(checkpoint, state, only),
             override=override,
+            rank=place[0],
+            world_size=place[1],
+            per_rank=per_rank,
         )
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Which of how many processes this is."""
+    if rank is None and world_size is None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise UsageError(
+            f"rank={rank!r}, world_size={world_size!r}: expected both, the rank counted from 0, or neither.", key="rank"
+        )
+    return rank, world_size
+
+
+def _values_of_rank(checkpoint: Checkpoint, rank: int, device: str | torch.device) -> dict[str, Any]:
+    """The entries of the user's that each rank kept for itself, as one rank had them."""
+    ranks = SavedRanks.of(checkpoint)
+    world_size = 0 if ranks is None else ranks.world_size
+    if ranks is None or not 0 <= rank < world_size:
+        raise UsageError(
+            f"rank={rank}: expected one of the ranks that saved {checkpoint.path} and kept something for themselves; "
+            f"there are {world_size}, counted from 0.",
+            key="rank",
+        )
+    return {entry: value for entry, value in ranks.values(rank, device).items() if not entry.startswith("_")}
 
 
 def _chosen(checkpoint: Checkpoint, state: Mapping[str, Any], only: Iterable[str]) -> frozenset[str]:
     """The entries that are to be restored."""
     names = [only] if isinstance(only, str) else list(only)
-    saved = [entry for entry in checkpoint.manifest.state if not entry.startswith("_")]
+    ranks = SavedRanks.of(checkpoint)
+    every = [*checkpoint.manifest.state, *(() if ranks is None else sorted(ranks.entries))]
+    saved = [entry for entry in every if not entry.startswith("_")]
     for name in names:
         if name not in state or name not in saved:
             raise UsageError(
@@ -130,16 +182,6 @@ def _chosen(checkpoint: Checkpoint, state: Mapping[str, Any], only: Iterable[str
                 key=name,
             )
     return frozenset(names)
-
-
-def _decoded(checkpoint: Checkpoint, entry: str, node: Any, device: str | torch.device) -> Any:
-    try:
-        return tree.decode(node, SavedLeaves(checkpoint, entry, device))
-    except HoldfastError:
-        raise
-    except (ValueError, KeyError) as error:
-        damage = [Damage(MANIFEST, f"state of {entry}: {error}")]
-        raise CorruptCheckpointError.at(checkpoint.path, damage, checkpoint.step) from error
 
 
 class _Selection:

@@ -11,6 +11,8 @@ from holdfast.checkpoint import Checkpoint
 from holdfast.errors import UsageError
 from holdfast.run import Retention, ranked_by
 
+_FAR = 10**9
+
 # ------------------------------------------------------------------------------------------------------- when to save
 
 
@@ -70,6 +72,10 @@ class AnySave(_SaveOperators):
         """The reasons of all that are due."""
         reasons = [reason for policy in self.policies if (reason := policy.due(moment)) is not None]
         return ", ".join(reasons) or None
+
+    def calm_steps(self, step: int) -> int:
+        """The fewest of its policies."""
+        return min(calm_steps(policy, step) for policy in self.policies)
 
     def spacing_s(self, cost_s: float) -> float | None:
         """The shortest of those that go by the cost of a save."""
@@ -134,6 +140,10 @@ class Every(_SaveOperators):
             return f"every {_plural(self.minutes, 'minute')}"
         return None if self.overhead is None else self._due_by_cost(moment)
 
+    def calm_steps(self, step: int) -> int:
+        """How many steps after ``step`` none becomes due at, whatever the time."""
+        return _FAR if self.steps is None else self.steps - step % self.steps - 1
+
     def spacing_s(self, cost_s: float) -> float | None:
         """Seconds between two saves that cost the training ``cost_s`` each; None where the cost does not matter."""
         if self.overhead is None:
@@ -151,6 +161,12 @@ class Every(_SaveOperators):
         spacing_s = self.spacing_s(moment.cost_s)
         assert spacing_s is not None
         return f"{why}: every {spacing_s:.3g} s" if moment.since_save_s >= spacing_s else None
+
+
+def calm_steps(policy: SavePolicy, step: int) -> int:
+    """How many steps after ``step`` pass until ``policy`` may want a save for their number; of a user's own, none."""
+    count = getattr(policy, "calm_steps", None)
+    return int(count(step)) if callable(count) else 0
 
 
 # -------------------------------------------------------------------------------------------------------- what to keep

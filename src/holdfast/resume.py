@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
+from holdfast.company import Alone, Company
 from holdfast.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -24,6 +25,8 @@ from holdfast.run import Broken, Retention, Run, ranked_by
 from holdfast.state.report import RestoreReport
 
 _logger = logging.getLogger("holdfast")
+
+PerRankPolicy = Literal["error", "reassign", "reseed"]
 
 Source = str | int | os.PathLike[str]
 
@@ -103,7 +106,14 @@ class Resumed:
     progress: Progress = field(default_factory=Progress)
 
 
-def resume_run(run: Run, state: Mapping[str, Any], resume: Resume, keep: Retention) -> Resumed:
+def resume_run(
+    run: Run,
+    state: Mapping[str, Any],
+    resume: Resume,
+    keep: Retention,
+    company: Company = Alone(),  # noqa: B008 - it has no state
+    per_rank: PerRankPolicy = "error",
+) -> Resumed:
     """Restore into ``state`` the first intact checkpoint of those that ``resume`` asks for.
 
     Args:
@@ -111,18 +121,21 @@ def resume_run(run: Run, state: Mapping[str, Any], resume: Resume, keep: Retenti
         state: the live objects.
         resume: from where, and with what changes.
         keep: its retention policy, which knows the mode of each metric.
+        company: the processes of the training: all restore the same checkpoint.
+        per_rank: see :func:`holdfast.restore`.
 
     Raises:
         CorruptCheckpointError: there were candidates, and not one is intact.
         StorageError: there were candidates, and not one can be read.
     """
     if resume.source == "never":
-        _refuse_existing(run)
+        company.decided("looking for checkpoints", lambda: _refuse_existing(run))
         return Resumed()
     failure: CorruptCheckpointError | None = None
-    for candidate in _candidates(run, resume.source, keep):
+    for candidate in company.candidates(lambda: _candidates(run, resume.source, keep)):
         try:
-            resumed = _resume_from(candidate, run, state, resume)
+            with company.all_succeed(f"resuming from {candidate.name}"):
+                resumed = _resume_from(candidate, run, state, resume, company, per_rank)
         except CorruptCheckpointError as error:
             _logger.warning("not resuming from %s, which is left as it is: %s", candidate.path, error)
             failure = failure or error
@@ -133,15 +146,23 @@ def resume_run(run: Run, state: Mapping[str, Any], resume: Resume, keep: Retenti
     return Resumed()
 
 
-def _resume_from(checkpoint: Checkpoint, run: Run, state: Mapping[str, Any], resume: Resume) -> Resumed:
+def _resume_from(
+    checkpoint: Checkpoint,
+    run: Run,
+    state: Mapping[str, Any],
+    resume: Resume,
+    company: Company,
+    per_rank: PerRankPolicy,
+) -> Resumed:
+    where: dict[str, Any] = {"rank": company.rank, "world_size": company.size, "per_rank": per_rank}
     own = checkpoint.path.startswith(run.path + os.sep)
     if resume.only is not None and not own:
         progress = Progress(origin=origin_of(checkpoint), overrides=dict(resume.override))
-        report = restore(checkpoint, state, only=resume.only, strict=resume.strict, override=resume.override)
+        report = restore(checkpoint, state, only=resume.only, strict=resume.strict, override=resume.override, **where)
     else:
         progress = Progress.saved_in(checkpoint)
         fresh = {path: value for path, value in resume.override.items() if not _is_set(progress, path, value)}
-        report = restore(checkpoint, state, override=fresh)
+        report = restore(checkpoint, state, override=fresh, **where)
         progress.overrides = dict(resume.override)
         if not own:
             progress.origin = origin_of(checkpoint)

@@ -176,7 +176,8 @@ class Run:
         newest checkpoint holds in a file of their own are linked, not written again.
         """
         # torch is needed only here, not for reading a run
-        from holdfast.saving import About, encode_metrics, write
+        from holdfast.part import About
+        from holdfast.saving import encode_metrics, write
         from holdfast.state.capture import capture
         from holdfast.state.unchanged import Unchanged
 

@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
-import platform
-import secrets
-import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from holdfast._version import __version__
 from holdfast.checkpoint import Checkpoint, reopen_checkpoint
 from holdfast.collector import collector_paused
 from holdfast.errors import CheckpointExistsError, UsageError
 from holdfast.format import manifest as manifests
 from holdfast.format import tree
-from holdfast.format.manifest import Manifest
-from holdfast.format.names import CheckpointName, check_step
-from holdfast.format.records import FileRecord
+from holdfast.format.names import CheckpointName
+from holdfast.part import About, Contents, Identity, Part, commit, refuse_parts
 from holdfast.state.capture import CapturedEntry, capture
 from holdfast.state.plan import Plan, Planner
-from holdfast.state.staging import LiveFile, Staging
+from holdfast.state.staging import Staging
 from holdfast.state.unchanged import Source, Unchanged
-from holdfast.storage.arena import Arena, BytesImage
+from holdfast.storage.arena import Arena
 from holdfast.storage.local import LocalStore
-from holdfast.storage.store import FileImage, Store
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """What a checkpoint says of itself beside the state. Raises UsageError for what cannot be said."""
-
-    step: int = 0
-    epoch: int = 0
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    reason: str = "save"
-    run_id: str = field(default_factory=lambda: secrets.token_hex(16))
-    parent: str | None = None
-
-    def __post_init__(self) -> None:
-        check_step(self.step)
-        check_step(self.epoch)
+from holdfast.storage.store import Store
 
 
 def save(
@@ -148,33 +124,13 @@ def write(
     return Save(store, captured, about, unchanged=unchanged).finish(names, replace=replace)
 
 
-@dataclass(slots=True)
-class Costs:
-    """What a save took so far, in seconds and bytes."""
-
-    stage_s: float = 0.0
-    write_s: float = 0.0
-    commit_s: float = 0.0
-    bytes_written: int = 0
-    bytes_linked: int = 0
-
-    @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """Add the time that the block takes to ``part``."""
-        start_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, part, getattr(self, part) + time.perf_counter() - start_s)
-
-
 _planner = Planner()
 
 
 class Save:
     """A save under way: begun at the call, staged where the training shall go on meanwhile, then finished.
 
-    Until it is staged, it reads the live tensors. One that is not finished must be aborted.
+    One that is not finished must be aborted.
 
     Args:
         store: where to.
@@ -191,124 +147,49 @@ class Save:
         *,
         unchanged: Unchanged | None = None,
     ) -> None:
-        self.costs = Costs()
+        refuse_parts(captured)
         self._store = store
         self._about = about
         self._unchanged = unchanged
-        self._id = secrets.token_hex(16)
-        self._created_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-        self._trees = {entry: content.tree for entry, content in captured.items()}
-        self._aliases = {entry: content.aliases for entry, content in captured.items() if content.aliases}
-        self._staging: Staging | None = None
-        self._linked: dict[str, FileRecord] = {}
+        self._identity = Identity()
+        self._contents = Contents.of(captured)
         self._plan, sources = _planned(captured, unchanged)
-        self._pending = store.create(about.step)
+        self._part = Part(store.create(about.step), self._plan, sources, captured, self._identity.checkpoint_id)
+        self.costs = self._part.costs
+
+    def stage(self, arena: Arena, late: Container[int] = ()) -> Staging:
+        """See :meth:`Part.stage`."""
+        return self._part.stage(arena, late)
+
+    def copy_rest(self) -> None:
+        """See :meth:`Part.copy_rest`. Where it fails, the save is aborted."""
         try:
-            self._link(sources)
-            self._live = {
-                file.name: LiveFile(file.stamped(self._id), file.tensors(captured))
-                for file in self._plan.files
-                if file.name not in self._linked
-            }
+            self._part.copy_rest()
         except BaseException:
             self.abort()
             raise
-
-    def stage(self, arena: Arena, late: Container[int] = ()) -> Staging:
-        """Copy what is to be written into ``arena``: nothing that is done to the tensors reaches it any more.
-
-        Args:
-            arena: where to; it belongs to this save until it is finished or aborted.
-            late: addresses of tensors that are copied only in :meth:`copy_rest`, see :class:`Staging`.
-
-        Raises:
-            MemoryError: there is no room; the save can be finished without.
-        """
-        with self.costs.of("stage_s"):
-            self._staging = Staging(self._live, arena, late)
-        self._live = {}
-        return self._staging
-
-    def copy_rest(self) -> None:
-        """Copy what was left for later. Blocks; an optimizer may be waiting for it.
-
-        Raises:
-            StrayWriteError: something else than an optimizer wrote it meanwhile. The save is aborted.
-        """
-        if self._staging is not None:
-            try:
-                with self.costs.of("stage_s"):
-                    self._staging.finish()
-            except BaseException:
-                self.abort()
-                raise
 
     def finish(self, names: Iterable[str], *, replace: bool = False) -> Checkpoint:
         """Write, and commit under the first of ``names`` that is free. Blocks. What was left is copied by now."""
         try:
-            with self.costs.of("write_s"):
-                files = self._pending.write_files(self._images())
-            self._live = {}
+            files = self._part.write()
             with self.costs.of("commit_s"):
-                manifest = manifests.encode(self._manifest(self._linked | files))
-                checkpoint = reopen_checkpoint(self._store, self._commit(names, manifest, replace), manifest)
+                manifest = manifests.encode(
+                    self._contents.manifest(self._identity, self._about, self._plan.records, files)
+                )
+                name = commit(self._part.pending, names, manifest, replace=replace)
+                checkpoint = reopen_checkpoint(self._store, name, manifest)
         except BaseException:
             self.abort()
             raise
-        self.costs.bytes_written = len(manifest) + sum(record.bytes for record in files.values())
-        self.costs.bytes_linked = sum(record.bytes for record in self._linked.values())
+        self.costs.bytes_written += len(manifest)
         if self._unchanged is not None:
             self._unchanged.committed(self._plan, checkpoint)
         return checkpoint
 
     def abort(self) -> None:
         """Remove what was written so far. Does nothing once it is committed."""
-        self._pending.abort()
-
-    def _link(self, sources: Mapping[str, Source]) -> None:
-        for name, source in sources.items():
-            if self._pending.link_file(name, source.checkpoint, source.file, source.record.bytes):
-                self._linked[name] = source.record
-
-    def _images(self) -> dict[str, FileImage]:
-        images: dict[str, FileImage] = {name: BytesImage(data) for name, data in self._plan.indexes.items()}
-        if self._staging is not None:
-            return {**self._staging.images, **images}
-        for name, file in self._live.items():
-            image = images[name] = file.image()
-            image.settle()
-        return images
-
-    def _commit(self, names: Iterable[str], manifest: bytes, replace: bool) -> str:
-        publish: Callable[[str, bytes], None] = self._pending.replace if replace else self._pending.commit
-        taken: CheckpointExistsError | None = None
-        for name in names:
-            try:
-                publish(name, manifest)
-            except CheckpointExistsError as error:
-                taken = error
-            else:
-                return name
-        assert taken is not None
-        raise taken
-
-    def _manifest(self, files: dict[str, FileRecord]) -> Manifest:
-        return Manifest(
-            format=manifests.FORMAT,
-            checkpoint_id=self._id,
-            run_id=self._about.run_id,
-            parent=self._about.parent,
-            step=self._about.step,
-            epoch=self._about.epoch,
-            created_at=self._created_at,
-            reason=self._about.reason,
-            metrics=dict(self._about.metrics),
-            state=self._trees,
-            tensors=self._plan.records,
-            aliases=self._aliases,
-            files=files,
-            environment=_environment(),
-        )
+        self._part.pending.abort()
 
 
 def _planned(captured: Mapping[str, CapturedEntry], unchanged: Unchanged | None) -> tuple[Plan, dict[str, Source]]:
@@ -316,16 +197,3 @@ def _planned(captured: Mapping[str, CapturedEntry], unchanged: Unchanged | None)
         if unchanged is not None:
             return unchanged.settle(captured, _planner)
         return _planner.plan(captured), {}
-
-
-def _environment() -> dict[str, Any]:
-    """Versions, and nothing that could tell on the user: no arguments, variables, paths or host names."""
-    return {
-        "holdfast": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "world_size": 1,
-    }

@@ -16,12 +16,13 @@ import msgspec
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.collector import collector_paused
+from holdfast.company import Begin, Failed, Open, SaveUnderWay
 from holdfast.errors import SaveTimeoutError, StorageError, UsageError
 from holdfast.run import Run
 from holdfast.storage.arena import Arena
 
 if TYPE_CHECKING:
-    from holdfast.saving import About, Save
+    from holdfast.part import About
     from holdfast.state.capture import CapturedEntry
     from holdfast.state.guard import StepGuard
     from holdfast.state.unchanged import Unchanged
@@ -105,10 +106,11 @@ class Writing:
 class SaveHandle:
     """A save under way. Safe to use from several threads."""
 
-    def __init__(self, step: int, future: Future[Checkpoint], report: Callable[[], SaveReport]) -> None:
+    def __init__(self, step: int, future: Future[Checkpoint | Open], report: Callable[[], SaveReport]) -> None:
         self.step = step
         self._future = future
         self._report = report
+        self._opened: Checkpoint | None = None
 
     def done(self) -> bool:
         """Whether the save has ended, well or not. Does not block."""
@@ -128,8 +130,14 @@ class SaveHandle:
             TimeoutError: the save is still under way after ``timeout``.
             StorageError: the save failed; what was durable before is still there.
             StrayWriteError: an overlapping save found that a tensor was written while it was copied.
+            RankError: another process of the training could not do its part of the save.
         """
-        return self._future.result(timeout)
+        found = self._future.result(timeout)
+        if isinstance(found, Checkpoint):
+            return found
+        if self._opened is None:
+            self._opened = found()
+        return self._opened
 
     def report(self, timeout: float | None = None) -> SaveReport:
         """What the save cost; blocks until it is durable, and raises as :meth:`result` does."""
@@ -150,7 +158,7 @@ class _Costs:
         self._plan_s = 0.0
         self._guarded_s = 0.0
         self._stall_s: float | None = None
-        self._save: Save | None = None
+        self._save: SaveUnderWay | None = None
 
     def waited(self) -> None:
         """The save before has ended."""
@@ -160,7 +168,7 @@ class _Costs:
         """The state is described."""
         self._capture_s = time.perf_counter() - self._start_s - self._waited_s
 
-    def planned(self, save: Save) -> None:
+    def planned(self, save: SaveUnderWay) -> None:
         """The files are planned."""
         self._save = save
         self._plan_s = time.perf_counter() - self._start_s - self._waited_s - self._capture_s
@@ -201,8 +209,9 @@ class Writer:
 
     Args:
         run: where to.
-        after_commit: called with each committed checkpoint; retention runs there, and only there.
-        unchanged: what stood still so far; None writes everything each time.
+        after_commit: called with each checkpoint that this process committed; retention runs there, and only there.
+        begin: begins a save; by default one that this process makes alone.
+        unchanged: what stood still so far, where it makes it alone; None writes everything each time.
         background: whether saves are finished by a thread. Otherwise at the call, without copying the state.
         guard: for overlapping saves, what holds back the optimizers of the state.
     """
@@ -212,17 +221,21 @@ class Writer:
         run: Run,
         after_commit: Callable[[Checkpoint], None],
         *,
+        begin: Begin | None = None,
         unchanged: Unchanged | None = None,
         background: bool = True,
         guard: StepGuard | None = None,
     ) -> None:
         self._run = run
-        self._after_commit = after_commit
+        self._begin = begin or self._begin_alone
         self._unchanged = unchanged
+        self._after_commit = after_commit
         self._arena = Arena() if background else None
         self._guard = guard
         self._thread: threading.Thread | None = None
-        self._failures: list[BaseException] = []
+        self._failures: list[Failed] = []
+        self.number = 0
+        self._told: set[int] = set()
         self._told_of_memory = False
 
     def busy(self) -> bool:
@@ -236,19 +249,22 @@ class Writer:
             capture: captures the state; called when the save before has ended.
             about: what the checkpoint says of itself.
         """
-        from holdfast.saving import Save  # torch is needed only here, not for reading a run
-
         costs = _Costs(about.step, self._guard)
         self.drain()
         costs.waited()
         handle = SaveHandle(about.step, Future(), costs.report)
-        with collector_paused():
+        self.number += 1
+
+        def capture_it() -> Mapping[str, CapturedEntry]:
             captured = capture()
             costs.captured()
+            return captured
+
+        with collector_paused():
             try:
-                save = Save(self._run.store, captured, about, unchanged=self._unchanged)
+                save = self._begin(capture_it, about)
             except StorageError as error:  # what the state or its user did wrong is raised here and now
-                self._fail(handle, error)
+                self._fail(handle, error, known=True)
                 return handle
             costs.planned(save)
             staged = self._stage(save, costs)
@@ -267,10 +283,26 @@ class Writer:
         if self._arena is not None and self._thread is None and nbytes >= _WARM_UP_BYTES:
             self._start(lambda: self._reserve(nbytes))
 
-    def check(self) -> None:
-        """Raise the first failure that was not raised yet."""
-        if self._failures:
-            raise self._failures.pop(0)
+    def check(self, *, known: bool = False) -> None:
+        """Raise the first failure that was not raised yet; with ``known`` only one that all processes know of."""
+        failure = self.failure
+        if failure is not None and (failure.known or not known):
+            self.told(failure.number)
+            raise failure.error
+
+    @property
+    def failure(self) -> Failed | None:
+        """The first failure that was not raised yet."""
+        return self._failures[0] if self._failures else None
+
+    def told(self, number: int) -> None:
+        """That save ``number`` failed is known; nobody needs to hear of it again, not even when it turns out later."""
+        self._told.add(number)
+        self._failures = [failure for failure in self._failures if failure.number not in self._told]
+
+    def note(self, error: BaseException) -> None:
+        """Something else went wrong in this process, which all shall raise at their next meeting."""
+        self._note(error, known=False, lost=False)
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Wait until nothing is under way.
@@ -297,7 +329,12 @@ class Writer:
         if self._guard is not None:
             self._guard.close()
 
-    def _stage(self, save: Save, costs: _Costs) -> bool:
+    def _begin_alone(self, capture: Callable[[], Mapping[str, CapturedEntry]], about: About) -> SaveUnderWay:
+        from holdfast.saving import Save  # torch is needed only here, not for reading a run
+
+        return Save(self._run.store, capture(), about, unchanged=self._unchanged)
+
+    def _stage(self, save: SaveUnderWay, costs: _Costs) -> bool:
         """Copy the state, as much of it as has to be; False where it must be written from where it is."""
         if self._arena is None:
             return False
@@ -342,30 +379,36 @@ class Writer:
         with contextlib.suppress(MemoryError):  # the save that needs it says so
             self._arena.reserve(nbytes)
 
-    def _finish(self, save: Save, handle: SaveHandle, costs: _Costs) -> None:
+    def _finish(self, save: SaveUnderWay, handle: SaveHandle, costs: _Costs) -> None:
         try:
             save.copy_rest()  # first, and as fast as it can: an optimizer may be waiting
             if threading.current_thread() is self._thread:
                 _give_way()
-            checkpoint = save.finish(self._run.free_names(handle.step))
+            committed = save.finish(self._run.free_names(handle.step))
         except Exception as error:  # noqa: BLE001 - check() and the handle raise it
-            self._fail(handle, error)
+            self._fail(handle, error, known=self._arena is None)
             return
         except BaseException as error:
             handle._future.set_exception(error)  # an interrupt: nobody may wait for this save for ever
             raise
         costs.finished()
-        handle._future.set_result(checkpoint)
+        handle._future.set_result(committed)
+        if not isinstance(committed, Checkpoint):
+            return  # the process that committed it does the rest
         try:
-            self._after_commit(checkpoint)
+            self._after_commit(committed)
         except Exception as error:  # noqa: BLE001 - check() raises it
             # The checkpoint is safe, so the handle says so; that others could not be removed is raised by check().
-            self._failures.append(error)
-        self._tell(checkpoint, handle)
+            self._note(error, known=False, lost=False)
+        self._tell(committed, handle)
 
-    def _fail(self, handle: SaveHandle, error: BaseException) -> None:
-        self._failures.append(error)
+    def _fail(self, handle: SaveHandle, error: BaseException, *, known: bool) -> None:
+        self._note(error, known=known, lost=True)
         handle._future.set_exception(error)
+
+    def _note(self, error: BaseException, *, known: bool, lost: bool) -> None:
+        if self.number not in self._told:
+            self._failures.append(Failed(self.number, error, known, lost))
 
     def _tell(self, checkpoint: Checkpoint, handle: SaveHandle) -> None:
         report = handle.report()

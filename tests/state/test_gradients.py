@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import holdfast
 from holdfast.format.names import GRADIENTS_ENTRY
-from holdfast.saving import About, write
+from holdfast.part import About
+from holdfast.saving import write
 from holdfast.state.capture import capture
 from holdfast.storage.local import LocalStore
 

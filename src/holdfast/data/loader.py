@@ -90,6 +90,7 @@ class ResumableDataLoader:
         self.served = 0
         self._seed = torch.initial_seed() if seed is None else seed
         self._seed_is_given = seed is not None
+        self._shared = world_size > 1
         self._epoch = 0
         self._waits = False  # at the end of an epoch, for end_epoch()
         self._finished = False
@@ -127,6 +128,14 @@ class ResumableDataLoader:
     def position(self) -> int:
         """Batches of this epoch that were handed out: ``enumerate(loader, start=loader.position)``."""
         return self._feed.position
+
+    @property
+    def shared(self) -> bool:
+        """Whether its state says the same on all ranks, so that it is stored once and restored at any world size.
+
+        That is so where ranks share the samples of a map-style dataset: the place counts the samples of all of them.
+        """
+        return self._shared and self._feed.kind == "map"
 
     def __len__(self) -> int:
         """Batches in a whole epoch; of an iterable-style dataset with a length, what PyTorch would guess."""

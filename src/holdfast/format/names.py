@@ -22,6 +22,7 @@ RNG_ENTRY = "_rng"
 LOOP_ENTRY = "_loop"
 GRADIENTS_ENTRY = "_gradients"
 CONFIG_ENTRY = "_config"
+RANKS_ENTRY = "_ranks"  # what each rank keeps for itself: generators, places in the data
 MAX_ENTRY_NAME = 100
 
 _STEP = re.compile(r"step-([0-9]{12})(?:\.g([2-9]|[1-9][0-9]{1,8}))?", re.ASCII)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, Protocol
 
 from holdfast.checkpoint import Checkpoint
+from holdfast.company import Asked
 from holdfast.errors import SaveTimeoutError, StorageError, UsageError
 from holdfast.notices import NoticeWatch
 from holdfast.preemption import slurm
@@ -97,6 +98,16 @@ class PreemptionWatch:
     def left(self) -> bool:
         """Whether :meth:`leave` has done all that there was to do: the end of the block saves and waits no more."""
         return self._left
+
+    def asked(self) -> Asked | None:
+        """Who wants the training to leave; None when nobody does."""
+        request = self._flag.request
+        return None if request is None else Asked(request.reason, request.left_s(self._clock()), request.interrupt)
+
+    def adopt(self, asked: Asked) -> None:
+        """What another process of the training was asked, this one is asked too."""
+        if self._flag.request is None:
+            self._flag.put_up(asked.reason, in_seconds=asked.left_s, interrupt=asked.interrupt)
 
     def request(self, reason: str) -> None:
         """Ask the training to leave at its next step. Safe to call from any thread."""

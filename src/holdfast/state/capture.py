@@ -16,9 +16,10 @@ from holdfast.format import tree
 from holdfast.format.names import GRADIENTS_ENTRY, RNG_ENTRY, check_entry_names
 from holdfast.state import rng
 from holdfast.state.gradients import gradients_of
-from holdfast.state.kinds import Kind, kind_of, name_parameters
+from holdfast.state.kinds import Kind, PerRank, kind_of, name_parameters
 from holdfast.state.modules import module_state
 from holdfast.state.optimizers import ParameterNames, optimizer_state
+from holdfast.state.sharding import Sharding, is_sharded, local_of, sharding_of
 from holdfast.state.tensors import (
     array_address,
     array_identity,
@@ -35,9 +36,12 @@ class CapturedTensor(msgspec.Struct, frozen=True, gc=False):
     """A tensor or array to be written: what it is, and where its values are. It refers to the live one.
 
     Attributes:
+        shape: of the whole tensor, also where this process holds a part of it.
+        value: what this process holds.
         frozen: whether it is a parameter that takes no gradients, and so is expected to stay what it is.
         address: where its values begin; 0 when there are none.
         flat: whether they lie there, in the CPU's memory, just as they do in the file.
+        sharding: which rank holds which part of it; None where this process holds all.
     """
 
     name: str
@@ -49,6 +53,7 @@ class CapturedTensor(msgspec.Struct, frozen=True, gc=False):
     frozen: bool = False
     address: int = 0
     flat: bool = False
+    sharding: Sharding | None = None
 
 
 @dataclass(slots=True)
@@ -132,6 +137,10 @@ class _CaptureLeaves:
         plain = _TORCH_VALUES.get(type(value))
         if plain is not None:
             return plain(value)
+        if type(value) is PerRank:
+            if value.value is None:
+                raise tree.unsupported(value, path, "It holds None; leave it out.")
+            return tree.encode(value.value, path, self)  # type: ignore[no-any-return]
         kind = kind_of(value)
         if kind is None and isinstance(value, torch.utils.data.DataLoader):
             raise tree.unsupported(
@@ -156,6 +165,8 @@ class _CaptureLeaves:
             self._open.discard(id(value))
 
     def _tensor(self, tensor: torch.Tensor, path: str) -> str:
+        if is_sharded(tensor):
+            return self._part(tensor, path)
         dtype = check_tensor(tensor, path)
         flat = is_flat(tensor)
         address = tensor_address(tensor)
@@ -172,6 +183,32 @@ class _CaptureLeaves:
                 frozen=path in self.names.frozen,
                 address=address,
                 flat=flat,
+            ),
+        )
+
+    def _part(self, tensor: torch.Tensor, path: str) -> str:
+        """A DTensor: what this process holds of it."""
+        sharding = sharding_of(tensor, path)
+        local = local_of(tensor).detach()
+        if sharding is None:
+            return self._tensor(local, path)
+        dtype = check_tensor(local, path)
+        address = tensor_address(local)
+        return self._add(
+            local,
+            # Ranks agree on which tensors are tied also where some hold nothing of them.
+            address or -local.untyped_storage()._cdata,
+            CapturedTensor(
+                name=self._free_name(path),
+                dtype=dtype,
+                shape=sharding.shape,
+                memory_format=memory_format(tensor),
+                device=str(local.device),
+                value=local,
+                frozen=path in self.names.frozen,
+                address=address,
+                flat=is_flat(local),
+                sharding=sharding,
             ),
         )
 
@@ -215,7 +252,7 @@ class _CaptureLeaves:
             else:
                 identity = _identity(value)
                 for other, name in here:
-                    if _identity(other) == identity:
+                    if _identity(other) == identity and self.tensors[name].sharding == captured.sharding:
                         self.aliases[captured.name] = name
                         return captured.name
                 here.append((value, captured.name))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from holdfast.state.kinds import Kind, kind_of, live_objects, with_parts
+from holdfast.state.modules import register_shards
 
 _STATEFUL_LOADERS = ("StatefulDataLoader", "ResumableDataLoader")  # torchdata's, and holdfast.data's
 
@@ -28,6 +29,9 @@ def forgotten(state: Mapping[str, Any]) -> list[str]:
 
 def _forgotten(state: Mapping[str, Any]) -> list[str]:
     included = set(_included(state))
+    for _, value, kind in live_objects(state):
+        if kind is Kind.MODULE:
+            register_shards(value)
     parameters = {
         id(parameter)
         for _, value, kind in live_objects(state)

@@ -10,9 +10,29 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from holdfast.format.tree import child
-from holdfast.state.modules import name_cleaner, parameter_names
+from holdfast.state.modules import name_cleaner, parameter_names, register_shards
 from holdfast.state.optimizers import ParameterNames
 from holdfast.state.rng import GENERATOR_TYPES
+from holdfast.state.sharding import local_of
+
+
+class PerRank:
+    """A value of a state that each rank keeps for itself: ``{"buffer": PerRank(buffer)}``.
+
+    What else is in a state is expected to be the same on all ranks, or cut over them, and is stored once. With one
+    process this is nothing but the value.
+
+    Attributes:
+        value: anything that a state may hold, but for modules and optimizers. A restore replaces a plain value here.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"PerRank({self.value!r})"
 
 
 class Kind(enum.Enum):
@@ -64,6 +84,9 @@ def live_objects(value: object, path: str = "") -> Iterator[tuple[str, Any, Kind
     if isinstance(value, torch.Tensor):
         yield path, value, None
         return
+    if type(value) is PerRank:
+        yield from live_objects(value.value, path)
+        return
     kind = kind_of(value)
     if kind is not None:
         yield path, value, kind
@@ -76,6 +99,15 @@ def live_objects(value: object, path: str = "") -> Iterator[tuple[str, Any, Kind
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):  # type: ignore[arg-type]  # narrowed by its exact type
             yield from live_objects(item, f"{path}[{index}]")
+
+
+def has_per_rank_value(value: object) -> bool:
+    """Whether there is a :class:`PerRank` in a nesting of plain containers."""
+    if type(value) is PerRank:
+        return True
+    if isinstance(value, Mapping):
+        return any(type(item) not in _PLAIN and has_per_rank_value(item) for item in value.values())
+    return isinstance(value, (list, tuple)) and any(has_per_rank_value(item) for item in value)
 
 
 _HEADER_BYTES = 200  # what a tensor takes in a header, at most, unless its name is very long
@@ -95,7 +127,7 @@ def estimated_nbytes(state: Mapping[str, Any]) -> int:
             found = (slot for slots in value.state.values() for slot in slots.values())
         for tensor in found:
             if isinstance(tensor, torch.Tensor) and not is_lazy(tensor):
-                seen[id(tensor)] = tensor.nbytes
+                seen[id(tensor)] = local_of(tensor).nbytes
     return sum(seen.values()) + _HEADER_BYTES * len(seen) + _ENTRY_BYTES * len(state)
 
 
@@ -104,13 +136,16 @@ def name_parameters(state: Mapping[str, Any]) -> ParameterNames:
     by_identity: dict[int, list[str]] = {}
     frozen: set[str] = set()
     cleaners: dict[int, Callable[[str], str]] = {}
+    bare: dict[int, list[str]] = {}
     for path, value, kind in live_objects(state):
         if kind is Kind.MODULE:
+            register_shards(value)
             clean = cleaners[id(value)] = name_cleaner(value)
             for name, parameter in parameter_names(value, clean):
                 by_identity.setdefault(id(parameter), []).append(f"{path}.{name}")
+                bare.setdefault(id(parameter), []).append(name)
                 if not parameter.requires_grad:
                     frozen.add(f"{path}.{name}")
         elif kind is None:
             by_identity.setdefault(id(value), []).append(path)
-    return ParameterNames(by_identity, frozen, cleaners)
+    return ParameterNames(by_identity, frozen, cleaners, bare)

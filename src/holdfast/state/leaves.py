@@ -17,7 +17,7 @@ from holdfast.format.records import TensorRecord, is_shape
 from holdfast.format.strict_json import cut, shown
 from holdfast.format.tree import plain_numpy_dtype
 from holdfast.state.cuda import pinned_buffer, synchronize
-from holdfast.state.sharding import local_box
+from holdfast.state.sharding import empty_beside, local_box, local_of
 from holdfast.state.tensors import new_tensor, tensor_sink, torch_dtype
 from holdfast.storage import memory
 from holdfast.storage.boxes import array_sink, box_of
@@ -40,6 +40,11 @@ class SavedTensor(msgspec.Struct, frozen=True, gc=False):
         """A tensor to fill."""
         with enough_memory(self.key, self.record.nbytes):
             return new_tensor(self.record, device)
+
+    def new_beside(self, like: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        """One to fill that is cut over ranks as ``like`` is."""
+        with enough_memory(self.key, local_of(like).numel() * DTYPES[self.record.dtype].itemsize):
+            return empty_beside(like, self.record.shape, torch_dtype(self.record.dtype), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +78,14 @@ class SavedLeaves:
         checkpoint: what is loaded.
         entry: the entry.
         device: where tensors go that a codec asks for before anything else is read.
+        prefix: what the names of its tensors begin with in the entry, and not in the tree.
     """
 
-    def __init__(self, checkpoint: Checkpoint, entry: str, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, entry: str, device: torch.device | str = "cpu", *, prefix: str = ""
+    ) -> None:
         self._checkpoint = checkpoint
+        self._prefix = prefix
         self._manifest = checkpoint.manifest
         self._entry = entry
         self._device = device
@@ -85,7 +94,7 @@ class SavedLeaves:
     def for_codec(self) -> CodecLeaves:
         """Leaves whose tensors are real ones; of each tensor there is one, however many codecs ask for it."""
         if self._codec_leaves is None:
-            self._codec_leaves = CodecLeaves(self._checkpoint, self._entry, self._device)
+            self._codec_leaves = CodecLeaves(self._checkpoint, self._entry, self._device, prefix=self._prefix)
         return self._codec_leaves
 
     def fill(self) -> None:
@@ -116,7 +125,8 @@ class SavedLeaves:
     def _record(self, name: Any) -> tuple[str, TensorRecord]:
         if not isinstance(name, str):
             raise ValueError(f"expected the name of a tensor, found {shown(name)}")
-        canonical = self._manifest.aliases.get(self._entry, {}).get(name, name)
+        full = self._prefix + name
+        canonical = self._manifest.aliases.get(self._entry, {}).get(full, full)
         record = self._manifest.tensors[self._entry].get(canonical)
         if record is None:
             raise ValueError(f"the tree refers to {cut(name)}, which the manifest does not list")
@@ -143,8 +153,8 @@ class SavedLeaves:
 class CodecLeaves(SavedLeaves):
     """Makes new tensors for the value that a codec is about to be given: its function may compute with them."""
 
-    def __init__(self, checkpoint: Checkpoint, entry: str, device: torch.device | str) -> None:
-        super().__init__(checkpoint, entry, device)
+    def __init__(self, checkpoint: Checkpoint, entry: str, device: torch.device | str, *, prefix: str = "") -> None:
+        super().__init__(checkpoint, entry, device, prefix=prefix)
         self._made: dict[str, Any] = {}
         self._copies: list[tuple[SavedTensor | SavedArray, Any]] = []
 

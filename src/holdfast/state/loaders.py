@@ -12,11 +12,19 @@ from __future__ import annotations
 from typing import Any
 
 _STATEFUL_DATA_LOADER = "StatefulDataLoader"
+_KNOWS_POSITION = ("position", "served", "wait_for_end_epoch", "end_epoch")
 
 
 def makes_iterator_for_state(value: object) -> bool:
     """Whether ``state_dict()`` of an object makes an iterator, with its workers. Known by name: nothing is imported."""
     return any(kind.__name__ == _STATEFUL_DATA_LOADER for kind in type(value).__mro__)
+
+
+def is_kept_per_rank(value: object) -> bool:
+    """Whether an object is a loader whose position each rank has for itself: one that does not say it is shared."""
+    if makes_iterator_for_state(value):
+        return True
+    return all(hasattr(value, name) for name in _KNOWS_POSITION) and not getattr(value, "shared", False)
 
 
 def state_to_restore_into(value: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
+
+from holdfast.state.sharding import local_of
 
 # Recognized by name, so that none of them has to be imported to find out that it is not used.
 _WRAPPERS = {
@@ -28,6 +31,36 @@ def _wrapped_attribute(kind: type[torch.nn.Module]) -> str | None:
         if attribute is not None:
             return attribute
     return None
+
+
+def register_shards(module: torch.nn.Module) -> None:
+    """Have FSDP2 put back the parameters that optimizers hold, where it has whole ones in their place since a forward.
+
+    Its ``state_dict()`` does the same. The whole ones are gathered again when they are needed.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    for submodule in module.modules():
+        if _is_fsdp(submodule):
+            submodule.reshard()  # type: ignore[operator]
+
+
+def waits_for_reduction(module: torch.nn.Module) -> bool:
+    """Whether FSDP2 holds gradients that are not reduced over ranks yet, and so are no parameter's ``grad``."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    return any(
+        parameter.unsharded_accumulated_grad is not None
+        or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+        for submodule in module.modules()
+        if _is_fsdp(submodule)
+        for group in submodule._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator]
+        for parameter in group.fsdp_params
+    )
+
+
+def _is_fsdp(module: torch.nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def name_cleaner(module: torch.nn.Module) -> Callable[[str], str]:
@@ -78,18 +111,25 @@ def parameter_names(module: torch.nn.Module, clean: Callable[[str], str]) -> lis
 def owned_storages(module: torch.nn.Module) -> set[int]:
     """The storages of the module's own parameters and buffers: writing there is writing into the module."""
     return {
-        tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()] if not is_lazy(tensor)
+        local_of(tensor).untyped_storage()._cdata
+        for tensor in [*module.parameters(), *module.buffers()]
+        if not is_lazy(tensor)
     }
 
 
 def needs_load_state_dict(module: torch.nn.Module) -> bool:
     """Whether the module does more at ``load_state_dict`` than copying its tensors."""
     return type(module).load_state_dict is not torch.nn.Module.load_state_dict or any(
-        submodule._load_state_dict_pre_hooks
+        not all(map(_only_registers_shards, submodule._load_state_dict_pre_hooks.values()))
         or submodule._load_state_dict_post_hooks
         or not type(submodule)._load_from_state_dict.__module__.startswith("torch.")
         for submodule in module.modules()
     )
+
+
+def _only_registers_shards(hook: Any) -> bool:
+    """Whether a hook is FSDP2's own, which does no more than :func:`register_shards` does."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp._fully_shard")
 
 
 def load_module(module: torch.nn.Module, values: dict[str, Any]) -> None:

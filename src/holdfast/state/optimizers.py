@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,13 @@ class ParameterNames:
         by_identity: by the ``id`` of a tensor, all its names, the one used for saving first.
         frozen: names of parameters that take no gradients.
         cleaners: by the ``id`` of a module, what strips from names in it the parts that wrappers put there.
+        bare: by the ``id`` of a parameter, its names within the modules that hold it.
     """
 
     by_identity: dict[int, list[str]]
     frozen: set[str] = field(default_factory=set)
     cleaners: dict[int, Callable[[str], str]] = field(default_factory=dict)
+    bare: dict[int, list[str]] = field(default_factory=dict)
 
     def of(self, parameter: torch.Tensor) -> list[str]:
         """All names of ``parameter``, the one used for saving first."""
@@ -121,13 +124,21 @@ def is_optimizer_state(saved: Any) -> bool:
 def match_optimizer(
     optimizer: torch.optim.Optimizer, names: ParameterNames, path: str, saved: Mapping[str, Any]
 ) -> OptimizerMatch:
-    """Find each live parameter and group in a saved optimizer, by name."""
+    """Find each live parameter and group in a saved optimizer, by name.
+
+    Names may also be those within the module, as ``torch.distributed.checkpoint`` and its ``get_optimizer_state_dict``
+    write them, where only one parameter of the optimizer has that name.
+    """
     live_keys = parameter_keys(optimizer, names, path)
     saved_known = {key for group in saved["param_groups"] for key in group["params"]}
     parameters = [parameter for parameter, _, _ in _unique_parameters(optimizer)]
+    owners = Counter(name for parameter in parameters for name in set(names.bare.get(id(parameter), ())))
+    full_names = any(name in saved_known for parameter in parameters for name in names.of(parameter))
     saved_keys: list[str | None] = []
     for parameter, key in zip(parameters, live_keys, strict=True):
         candidates = [*names.of(parameter), key]  # a tied parameter may have been saved under another of its names
+        if not full_names:
+            candidates += [name for name in names.bare.get(id(parameter), ()) if owners[name] == 1]
         saved_keys.append(next((candidate for candidate in candidates if candidate in saved_known), None))
     by_parameter = {id(parameter): key for parameter, key in zip(parameters, saved_keys, strict=True)}
     live_groups = [{by_parameter[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups]

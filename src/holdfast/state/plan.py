@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -109,10 +109,10 @@ def _make(captured: Mapping[str, CapturedEntry], groups: Groups) -> Plan:
     for entry, content in captured.items():
         own = _files(entry, content, groups.get(entry, ()))
         files += own
-        places = {tensor.name: (file.name, tensor.begin) for file in own for tensor in file.layout.tensors}
-        records[entry] = _records(content, places)
+        layouts = {file.name: file.layout for file in own}
+        records[entry] = records_of(content, layouts)
         if len(own) > 1:
-            indexes[index_name(entry)] = _index(own, content.aliases)
+            indexes[index_name(entry)] = index_of(layouts, content.aliases)
     return Plan(tuple(files), indexes, records)
 
 
@@ -126,40 +126,45 @@ def _files(entry: str, content: CapturedEntry, groups: Sequence[frozenset[str]])
         else [shard_name(entry, number, len(parts)) for number in range(1, len(parts) + 1)]
     )
     return [
-        FilePlan(name, entry, part, _layout(content, part, still), still)
+        FilePlan(name, entry, part, layout_of(content, part, still), still)
         for name, (part, still) in zip(names, parts, strict=True)
     ]
 
 
-def _layout(content: CapturedEntry, names: frozenset[str], still: bool) -> Layout:
+def layout_of(content: CapturedEntry, names: Container[str], still: bool) -> Layout:
+    """How a file of some tensors of an entry is laid out, with what this process holds of each."""
     stored = []
     for name, tensor in content.tensors.items():
         if name in names:
             dtype = DTYPES[tensor.dtype]
-            stored.append((name, dtype.code, dtype.stored_shape(tensor.shape)))
+            held = tensor.shape if 0 in tensor.shape else tuple(tensor.value.shape)
+            stored.append((name, dtype.code, dtype.stored_shape(held)))
     # Tied names go into the metadata as safetensors.torch.save_model writes them, so that load_model ties them again.
     aliases = {alias: name for alias, name in content.aliases.items() if name in names}
     own = {"format": "pt"} if still else {_ID_KEY: _NO_ID, "format": "pt"}
     return safetensors.plan(stored, {**own, **{alias: name for alias, name in aliases.items() if alias not in own}})
 
 
-def _records(content: CapturedEntry, places: Mapping[str, tuple[str, int]]) -> dict[str, TensorRecord]:
+def records_of(content: CapturedEntry, layouts: Mapping[str, Layout]) -> dict[str, TensorRecord]:
+    """The records of those tensors of an entry that lie whole in files laid out like this."""
     records = {}
+    places = {tensor.name: (file, tensor.begin) for file, layout in layouts.items() for tensor in layout.tensors}
     for name, tensor in content.tensors.items():
-        file, begin = places[name]
-        records[name] = TensorRecord(
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            pieces=(Piece(file=file, name=name, begin=begin, shape=tensor.shape),),
-            memory_format=tensor.memory_format,
-            device=tensor.device,
-        )
+        if name in places:
+            file, begin = places[name]
+            records[name] = TensorRecord(
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                pieces=(Piece(file=file, name=name, begin=begin, shape=tensor.shape),),
+                memory_format=tensor.memory_format,
+                device=tensor.device,
+            )
     return records
 
 
-def _index(files: Sequence[FilePlan], aliases: Mapping[str, str]) -> bytes:
+def index_of(layouts: Mapping[str, Layout], aliases: Mapping[str, str]) -> bytes:
     """``*.safetensors.index.json`` as transformers writes it and reads it."""
-    places = {tensor.name: file.name for file in files for tensor in file.layout.tensors}
+    places = {tensor.name: file for file, layout in layouts.items() for tensor in layout.tensors}
     places |= {alias: places[name] for alias, name in aliases.items()}
-    total = sum(tensor.nbytes for file in files for tensor in file.layout.tensors)
+    total = sum(tensor.nbytes for layout in layouts.values() for tensor in layout.tensors)
     return msgspec.json.encode({"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})

@@ -17,7 +17,8 @@ from holdfast.state.kinds import Kind
 from holdfast.state.leaves import SavedTensor
 from holdfast.state.optimizers import OptimizerMatch
 from holdfast.state.report import Misshapen
-from holdfast.state.restore_plan import Plan, saved_device, tensor_form
+from holdfast.state.restore_plan import Beside, Plan, saved_device, tensor_form
+from holdfast.state.sharding import is_sharded, local_of
 
 
 def _plan_module(plan: Plan, saved: Any, module: torch.nn.Module, path: str) -> None:
@@ -44,7 +45,7 @@ def _plan_module(plan: Plan, saved: Any, module: torch.nn.Module, path: str) -> 
         lazy = is_lazy(current)
         if isinstance(item, SavedTensor) and isinstance(current, torch.Tensor) and not lazy:
             plan.into_tensor(item, current, f"{path}/{name}")
-            rest = rest or current.untyped_storage()._cdata not in owned
+            rest = rest or local_of(current).untyped_storage()._cdata not in owned
         else:  # extra state, and parameters that get their shape only now
             values[name] = plan.graft(item, None if lazy else current, f"{path}.{name}", saved_device)
             rest = True
@@ -107,9 +108,11 @@ def _plan_slots(
 
         def place(
             slot: SavedTensor, where: str, parameter: Any = parameter, group: Any = group, device: str = saved_parameter
-        ) -> str:
+        ) -> str | Beside:
             name = where.rpartition(".")[2]
-            return optimizers.slot_device(name, parameter, group, slot.record.device, device)
+            chosen = optimizers.slot_device(name, parameter, group, slot.record.device, device)
+            # Of a DTensor, optimizers make DTensors; what has no dimensions, such as step, is a plain tensor.
+            return Beside(parameter, chosen) if slot.record.shape and is_sharded(parameter) else chosen
 
         live = optimizer.state.get(parameter, {})
         planned.append((parameter, plan.graft(values, live, f"{path}.state.{key}", place)))
@@ -146,10 +149,12 @@ def _plan_scheduler(plan: Plan, saved: Any, scheduler: Any, path: str) -> None:
 
 def plan_gradients(plan: Plan, state: Mapping[str, Any]) -> None:
     """Gradients that waited for an optimizer step; those of parameters that are not restored stay what they are."""
-    saved = plan.saved(GRADIENTS_ENTRY)
-    if not isinstance(saved, Mapping):
-        plan.findings.misshapen.append(Misshapen(GRADIENTS_ENTRY, "gradients", f"a {type(saved).__name__}"))
-        return
+    saved: dict[str, Any] = {}
+    for part in plan.gradients():
+        if not isinstance(part, Mapping):
+            plan.findings.misshapen.append(Misshapen(GRADIENTS_ENTRY, "gradients", f"a {type(part).__name__}"))
+            return
+        saved |= part
     for names, parameter in parameters_of(state, plan.names):
         gradient = next((saved[name] for name in names if name in saved), None)
         if gradient is not None:
@@ -157,8 +162,8 @@ def plan_gradients(plan: Plan, state: Mapping[str, Any]) -> None:
 
 
 def _plan_gradient(plan: Plan, saved: Any, parameter: torch.Tensor, path: str) -> None:
-    def place(gradient: SavedTensor, where: str) -> torch.device:
-        return parameter.device
+    def place(gradient: SavedTensor, where: str) -> torch.device | Beside:
+        return Beside(parameter, parameter.device) if is_sharded(parameter) else parameter.device
 
     if not isinstance(saved, SavedTensor) or saved.record.shape != parameter.shape:
         form = saved.form if isinstance(saved, SavedTensor) else f"a {type(saved).__name__}"

@@ -18,10 +18,11 @@ from holdfast.errors import CorruptCheckpointError, Damage, StateMismatchError, 
 from holdfast.format import tree
 from holdfast.format.names import GRADIENTS_ENTRY, MANIFEST, RNG_ENTRY
 from holdfast.state import rng
-from holdfast.state.kinds import Kind, kind_of, live_objects, name_parameters
+from holdfast.state.kinds import Kind, PerRank, has_per_rank_value, kind_of, live_objects, name_parameters
 from holdfast.state.leaves import SavedArray, SavedTensor, fill
 from holdfast.state.overrides import plan_overrides
 from holdfast.state.planners import PLANNERS, plan_gradients
+from holdfast.state.ranks import PerRankShare, share_of
 from holdfast.state.report import Findings, Misshapen, RestoreReport
 from holdfast.state.restore_plan import GENERATORS_LAST, OVERRIDES, Plan, saved_device, tensor_form
 
@@ -34,21 +35,32 @@ def restore_state(
     generators: bool = True,
     only: Container[str] | None = None,
     override: Mapping[str, Any] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    per_rank: str = "error",
 ) -> RestoreReport:
     """Restore ``checkpoint`` (or ``only`` some of its entries) into the live objects of ``state``, then override.
 
+    Of tensors that are cut over ranks, what ``rank`` holds is read; of what each rank kept for itself, what it had.
+
     Raises:
         UsageError: an override leads nowhere. Nothing was touched.
-        StateMismatchError: the structures differ (``strict``), or nothing matches at all. Nothing was touched.
+        StateMismatchError: the structures differ (``strict``), or nothing matches at all, or another number of ranks
+            saved it and ``per_rank`` is ``"error"``. Nothing was touched.
         CorruptCheckpointError: damage was found while reading. Live tensors may hold a mixture: restore another one.
     """
     chosen = {entry: live for entry, live in state.items() if only is None or entry in only}
-    plan = Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, chosen), strict)
+    own = (RNG_ENTRY, GRADIENTS_ENTRY) if generators else (GRADIENTS_ENTRY,)
+    share = share_of(checkpoint, chosen, rank, world_size, per_rank, own)
+    plan = Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, chosen), strict, share)
     for entry, live in chosen.items():
         _plan_entry(plan, state, entry, live)
-    if GRADIENTS_ENTRY in checkpoint.manifest.state:
+    if GRADIENTS_ENTRY in checkpoint.manifest.state or GRADIENTS_ENTRY in {*share.values, *share.anew}:
         plan_gradients(plan, chosen)
-    if generators and RNG_ENTRY in checkpoint.manifest.state:
+    if RNG_ENTRY in share.anew:
+        plan.install(GENERATORS_LAST, lambda: rng.seed_global(share.seed))
+        plan.findings.notes.append(_seeded(share, RNG_ENTRY))
+    elif generators and (RNG_ENTRY in checkpoint.manifest.state or RNG_ENTRY in share.values):
         saved = plan.saved(RNG_ENTRY)
         problem = rng.global_problem(saved)
         if problem is not None:
@@ -60,7 +72,8 @@ def restore_state(
     report = plan.report(state)
     _refuse(report, plan.findings, strict)
     with torch.no_grad():
-        fill(checkpoint, plan.copies, whole=only is None and not report.skipped)
+        # One process reads all there is; of many, each what it needs.
+        fill(checkpoint, plan.copies, whole=only is None and not report.skipped and world_size == 1)
         for _, action in sorted(plan.actions, key=lambda item: item[0]):
             action()
     return plan.report(state)
@@ -97,7 +110,10 @@ def _refuse(report: RestoreReport, findings: Findings, strict: bool) -> None:
 
 
 def _plan_entry(plan: Plan, state: Mapping[str, Any], entry: str, live: Any) -> None:
-    if entry not in plan.checkpoint.manifest.state:
+    if entry in plan.per_rank.anew:
+        _plan_anew(plan, entry, live)
+        return
+    if entry not in plan.checkpoint.manifest.state and entry not in plan.per_rank.values:
         plan.findings.missing.append(entry)
         return
 
@@ -111,16 +127,40 @@ def _plan_entry(plan: Plan, state: Mapping[str, Any], entry: str, live: Any) -> 
     _plan_value(plan, plan.saved(entry), live, entry, assign)
 
 
+def _plan_anew(plan: Plan, entry: str, live: Any) -> None:
+    """An entry that each rank kept for itself, and of which this one takes nothing."""
+    seeded = False
+    for path, value, kind in live_objects(live, entry):
+        if kind is Kind.GENERATOR:
+            seeded = True
+            seed = rng.seed_for(plan.per_rank.seed, path)
+            plan.install(Kind.GENERATOR.value, lambda value=value, seed=seed: rng.seed_generator(value, seed))  # type: ignore[misc]
+    saved_by = plan.per_rank.saved_world_size
+    plan.findings.notes.append(
+        _seeded(plan.per_rank, entry)
+        if seeded
+        else f"{entry}: as it was constructed; {saved_by} rank(s) saved it, each its own"
+    )
+
+
+def _seeded(share: PerRankShare, entry: str) -> str:
+    return f"{entry}: generators seeded anew; {share.saved_world_size} rank(s) saved it, each its own"
+
+
 def _plan_value(plan: Plan, saved: Any, live: Any, path: str, assign: Callable[[Any], None]) -> None:
     """Plan one value: an object, a tensor, a container of such, or a plain value that ``assign`` puts in place."""
-    if isinstance(live, torch.Tensor):
+    if type(live) is PerRank:
+
+        def put(value: Any) -> None:
+            live.value = value
+
+        _plan_value(plan, saved, live.value, path, put)
+    elif isinstance(live, torch.Tensor):
         if isinstance(saved, SavedTensor):
             plan.into_tensor(saved, live, path)
         else:
             plan.findings.misshapen.append(Misshapen(path, tensor_form(live), f"a {type(saved).__name__}"))
-        return
-    kind = kind_of(live)
-    if kind is not None:
+    elif (kind := kind_of(live)) is not None:
         PLANNERS[kind](plan, saved, live, path)
     elif isinstance(live, np.ndarray) and isinstance(saved, SavedArray) and saved.fits(live):
         plan.copies.append((saved, live))
@@ -134,7 +174,7 @@ def _plan_value(plan: Plan, saved: Any, live: Any, path: str, assign: Callable[[
 
 def _is_structure(live: Any) -> bool:
     """Whether a container holds objects or tensors to restore into, so that its shape matters."""
-    return next(live_objects(live), None) is not None
+    return has_per_rank_value(live) or next(live_objects(live), None) is not None
 
 
 def _plan_mapping(plan: Plan, saved: Mapping[Any, Any], live: MutableMapping[Any, Any], path: str) -> None:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.errors import CorruptCheckpointError, Damage, HoldfastError, StateMismatchError
+from holdfast.errors import StateMismatchError
 from holdfast.format import tree
-from holdfast.format.names import MANIFEST
+from holdfast.format.names import GRADIENTS_ENTRY
 from holdfast.state.kinds import Kind
 from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor
 from holdfast.state.optimizers import ParameterNames
+from holdfast.state.ranks import PerRankShare, decoded
 from holdfast.state.report import Findings, Misshapen, RestoreReport
+from holdfast.state.sharding import local_of
 from holdfast.state.tensors import dtype_name
 
 GENERATORS_LAST = len(Kind) + 1
 OVERRIDES = GENERATORS_LAST + 1  # they draw nothing
-Place = Callable[[SavedTensor, str], torch.device | str]
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Where a new tensor goes: on a device, and cut over ranks as a DTensor is."""
+
+    like: torch.Tensor
+    device: torch.device | str
+
+
+Place = Callable[[SavedTensor, str], torch.device | str | Beside]
 
 
 @dataclass(slots=True)
@@ -32,6 +44,7 @@ class Plan:
     names: ParameterNames
     optimizers: set[int]
     strict: bool
+    per_rank: PerRankShare = field(default_factory=PerRankShare)
     copies: list[tuple[SavedTensor | SavedArray, Any]] = field(default_factory=list)
     actions: list[tuple[int, Callable[[], object]]] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
@@ -39,14 +52,26 @@ class Plan:
     _fresh: dict[str, Any] = field(default_factory=dict)
 
     def saved(self, entry: str) -> Any:
-        """The saved value of an entry, with its tensors as :class:`SavedTensor`."""
-        try:
-            return tree.decode(self.checkpoint.manifest.state[entry], SavedLeaves(self.checkpoint, entry))
-        except HoldfastError:
-            raise
-        except (ValueError, KeyError) as error:
-            damage = [Damage(MANIFEST, f"state of {entry}: {error}")]
-            raise CorruptCheckpointError.at(self.checkpoint.path, damage, self.checkpoint.step) from error
+        """The saved value of an entry, with its tensors as :class:`SavedTensor`; this rank's where each has its own."""
+        if entry in self.per_rank.values:
+            return self.per_rank.values[entry]
+        return decoded(
+            self.checkpoint, entry, self.checkpoint.manifest.state[entry], SavedLeaves(self.checkpoint, entry)
+        )
+
+    def gradients(self) -> Iterator[Any]:
+        """The saved gradients: those that are cut over ranks or of one process, and this rank's own."""
+        node = self.checkpoint.manifest.state.get(GRADIENTS_ENTRY)
+        # One process has all of them in one entry; of several, those in it are cut over ranks.
+        if node is not None and (GRADIENTS_ENTRY not in self.per_rank.anew or GRADIENTS_ENTRY in self.per_rank.saved):
+            yield decoded(self.checkpoint, GRADIENTS_ENTRY, node, SavedLeaves(self.checkpoint, GRADIENTS_ENTRY))
+        if GRADIENTS_ENTRY in self.per_rank.values:
+            yield self.per_rank.values[GRADIENTS_ENTRY]
+        if GRADIENTS_ENTRY in self.per_rank.anew:
+            self.findings.notes.append(
+                f"{GRADIENTS_ENTRY}: gradients that were not cut over ranks are left out; "
+                f"{self.per_rank.saved_world_size} rank(s) saved them, each its own"
+            )
 
     def install(self, order: int, action: Callable[[], object]) -> None:
         """Do ``action`` after the tensors are filled; lower orders first."""
@@ -54,7 +79,8 @@ class Plan:
 
     def report(self, state: Mapping[str, Any]) -> RestoreReport:
         """The report of what is planned."""
-        entries = (entry for entry in self.checkpoint.manifest.state if not entry.startswith("_"))
+        saved = [*self.checkpoint.manifest.state, *sorted(self.per_rank.saved)]
+        entries = (entry for entry in saved if not entry.startswith("_"))
         return self.findings.report(
             path=self.checkpoint.path,
             step=self.checkpoint.step,
@@ -64,11 +90,16 @@ class Plan:
             forms=self.forms,
         )
 
-    def fresh(self, saved: SavedTensor, device: torch.device | str) -> torch.Tensor:
+    def fresh(self, saved: SavedTensor, place: torch.device | str | Beside) -> torch.Tensor:
         """A new tensor for ``saved``; tied ones get one and the same."""
-        key = f"{saved.key} on {device}"
+        if isinstance(place, Beside):
+            key = f"{saved.key} beside {id(place.like)} on {place.device}"
+        else:
+            key = f"{saved.key} on {place}"
         if key not in self._fresh:
-            self._fresh[key] = saved.new(device)
+            self._fresh[key] = (
+                saved.new_beside(place.like, place.device) if isinstance(place, Beside) else saved.new(place)
+            )
             self.copies.append((saved, self._fresh[key]))
         tensor = self._fresh[key]
         assert isinstance(tensor, torch.Tensor)
@@ -76,7 +107,7 @@ class Plan:
 
     def into_tensor(self, saved: SavedTensor, live: torch.Tensor, name: str) -> bool:
         """Plan to fill ``live`` in place; False, and noted, when it has another shape."""
-        if live.is_meta:
+        if live.is_meta or local_of(live).is_meta:
             raise StateMismatchError(
                 f"{name}: the live tensor is a meta tensor and has no memory to restore into; "
                 "materialize the module first: to_empty(device=...).",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from holdfast.format.strict_json import cut
 from holdfast.format.tree import plain_numpy_dtype
@@ -65,6 +66,37 @@ def global_problem(state: Any) -> str | None:
     except _UNSUITABLE as error:
         return f"not the state of the generators: {cut(repr(error))}"
     return None
+
+
+def seed_for(seed: int, path: str) -> int:
+    """A seed of 64 bits that depends on another one and on a place in the state."""
+    return xxhash.xxh3_64_intdigest(f"{seed}/{path}".encode())
+
+
+def seed_global(seed: int) -> None:
+    """Seed every global generator, each with another seed that follows from ``seed``."""
+    random.seed(seed_for(seed, "python"))
+    np.random.set_state(np.random.RandomState(_words(seed_for(seed, "numpy"))).get_state())
+    torch.manual_seed(seed_for(seed, "torch"))
+
+
+def seed_generator(generator: Generator, seed: int) -> None:
+    """Seed one generator with 64 bits."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, random.Random):
+        generator.seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(np.random.RandomState(_words(seed)).get_state())
+    else:
+        generator.state = type(generator)(seed).state
+
+
+def _words(seed: int) -> list[int]:
+    """The seed as numpy's old generators take it."""
+    return [seed & 0xFFFFFFFF, seed >> 32]
 
 
 def generator_state(generator: Generator) -> dict[str, Any]:

@@ -1,0 +1,288 @@
+"""Which process writes what. Each computes the plan of all, from what it knows of its own tensors.
+
+Nothing is exchanged for it but a checksum: processes of one training hold tensors of the same names and shapes, and how
+a tensor is cut over them is known to each. So a plan takes time by tensors and by processes, not by their product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import xxhash
+
+from holdfast.format.dtypes import DTYPES
+from holdfast.format.names import data_file_name, index_name, shard_name
+from holdfast.format.records import Piece, TensorRecord
+from holdfast.state.capture import CapturedEntry, CapturedTensor
+from holdfast.state.plan import FilePlan, Plan, index_of, layout_of, records_of
+from holdfast.state.sharding import Sharding
+from holdfast.state.unchanged import MIN_GROUP_BYTES
+
+SPLIT_BYTES = 256 * 2**20
+"""Whole tensors of an entry lie in one file, unless they are more than this: then several processes write them."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPlan:
+    """Who writes which files, and what the manifest says of the tensors in them.
+
+    Attributes:
+        mine: the files of this process, and the records of all tensors but loose ones; indexes on rank 0 only.
+        layouts: for the manifest.
+        loose: by entry and name, tensors that are not cut evenly. Where their pieces lie, each writer has to say.
+        nbytes: by rank, about how much each writes of whole tensors.
+    """
+
+    mine: Plan
+    layouts: dict[str, tuple[str, ...]]
+    loose: dict[str, dict[str, Loose]]
+    nbytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loose:
+    """A tensor that is not cut evenly.
+
+    Attributes:
+        record: what the manifest says of it, but for its pieces.
+        boxes: of each piece the file, and offset and shape in the tensor.
+    """
+
+    record: TensorRecord
+    boxes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    def placed(self, name: str, begins: Mapping[str, int]) -> TensorRecord:
+        """Its record, where ``begins`` says of each file where its piece begins there."""
+        pieces = (Piece(file, name, begins[file], shape, offset) for file, offset, shape in self.boxes)
+        return msgspec.structs.replace(self.record, pieces=tuple(pieces))
+
+
+def structure_of(captured: Mapping[str, CapturedEntry]) -> list[object]:
+    """Everything that the plan depends on, which has to be the same on all processes."""
+    cuts = _Numbered()
+    return [
+        (
+            entry,
+            [
+                (item.name, item.shape, item.dtype, item.memory_format, item.frozen, cuts.number(item.sharding))
+                for item in content.tensors.values()
+            ],
+            content.aliases,
+        )
+        for entry, content in captured.items()
+    ] + [cuts.known]
+
+
+class _Numbered:
+    """Ways to cut tensors, each with a number: of 20,000 tensors most are cut in one of a few."""
+
+    def __init__(self) -> None:
+        self.known: list[tuple[object, ...]] = []
+        self._numbers: dict[tuple[object, ...], int] = {}
+
+    def number(self, sharding: Sharding | None) -> int | None:
+        """The number of the way in which a tensor is cut."""
+        if sharding is None:
+            return None
+        # The tuples of ranks may be long. There are few of them, and tensors share them.
+        seen = (sharding.mesh_shape, id(sharding.ranks), sharding.placements)
+        if seen not in self._numbers:
+            way = (sharding.mesh_shape, sharding.ranks, sharding.placements)
+            if way not in self.known:
+                self.known.append(way)
+            self._numbers[seen] = self.known.index(way)
+        return self._numbers[seen]
+
+
+def digest_of(structure: Sequence[object]) -> str:
+    """A checksum of a structure, the same in all processes where it is the same."""
+    return xxhash.xxh3_128_hexdigest(repr(structure).encode())
+
+
+def plan_files(
+    captured: Mapping[str, CapturedEntry], rank: int, members: Sequence[int], first: Mapping[str, Collection[str]]
+) -> SharedPlan:
+    """Share out the tensors of a state.
+
+    Args:
+        captured: the state, as this process sees it.
+        rank: of this process, in the group.
+        members: by rank in the group, the rank that meshes of DTensors know a process by.
+        first: by entry, names of tensors that rank 0 has to write, for what it has is what counts.
+    """
+    load = [0] * len(members)
+    places = {member: place for place, member in enumerate(members)}
+    files: list[FilePlan] = []
+    indexes: dict[str, bytes] = {}
+    records: dict[str, dict[str, TensorRecord]] = {}
+    layouts: dict[str, tuple[str, ...]] = {}
+    loose: dict[str, dict[str, Loose]] = {}
+    for entry, content in captured.items():
+        sharing = _Sharing(entry, content, rank, places, load, first.get(entry, ()))
+        whole = {file.name: layout_of(content, file.tensors, file.still) for file in sharing.whole}
+        records[entry] = {**records_of(content, whole), **sharing.cut_records(layouts)}
+        if sharing.loose:
+            loose[entry] = sharing.loose_pieces()
+        if len(whole) > 1 and len(whole) == sharing.count:
+            indexes[index_name(entry)] = index_of(whole, content.aliases)
+        for file in sharing.of(rank):
+            layout = whole.get(file.name) or layout_of(content, file.tensors, file.still)
+            files.append(FilePlan(file.name, entry, frozenset(file.tensors), layout, file.still))
+    return SharedPlan(Plan(tuple(files), indexes if rank == 0 else {}, records), layouts, loose, tuple(load))
+
+
+@dataclass(slots=True)
+class _File:
+    """A file and who writes it; its name is known when all files of the entry are.
+
+    Of a file with cells it is known which tensors they belong to only where this process writes it.
+    """
+
+    writer: int
+    tensors: set[str]
+    still: bool
+    name: str = ""
+
+
+@dataclass(slots=True)
+class _Sharing:
+    """How the tensors of one entry are shared out: whole ones by their sizes, cells to those who have them."""
+
+    entry: str
+    content: CapturedEntry
+    rank: int
+    places: Mapping[int, int]
+    load: list[int]
+    first: Collection[str]
+    whole: list[_File] = field(default_factory=list)
+    cells: dict[tuple[bool, int], _File] = field(default_factory=dict)
+    loose: dict[str, list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
+    _owners: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _chosen: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    _known: dict[tuple[bool, int], bool] = field(default_factory=dict)
+    _still: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        tensors = self.content.tensors
+        frozen = [name for name, tensor in tensors.items() if tensor.frozen]
+        if _nbytes(tensors[name] for name in frozen) >= MIN_GROUP_BYTES:
+            self._still = frozenset(frozen)
+        whole = [name for name, tensor in tensors.items() if _is_whole(tensor)]
+        for still in (True, False):
+            self._share_whole([name for name in whole if (name in self._still) is still], still)
+        for number, (name, tensor) in enumerate(tensors.items()):
+            if tensor.sharding is not None and not _is_whole(tensor):
+                self._share_cut(name, number, tensor.sharding)
+        self._give_names()
+
+    @property
+    def count(self) -> int:
+        """How many files there are."""
+        return len(self.whole) + len(self.cells)
+
+    def of(self, rank: int) -> list[_File]:
+        """The files that ``rank`` writes."""
+        return [file for file in self.whole if file.writer == rank] + [
+            self.cells[still, rank] for still in (True, False) if (still, rank) in self.cells
+        ]
+
+    def cut_records(self, layouts: dict[str, tuple[str, ...]]) -> dict[str, TensorRecord]:
+        """The records of tensors that are cut evenly; the layouts that they need are added."""
+        records = {}
+        keys: dict[tuple[bool, tuple[int, ...]], str] = {}
+        for name, owners in self._owners.items():
+            tensor = self.content.tensors[name]
+            assert tensor.sharding is not None
+            assert tensor.sharding.cells is not None
+            still = name in self._still
+            key = keys.get((still, owners))
+            if key is None:
+                key = keys[still, owners] = f"{self.entry}-{len(keys) + 1}"
+                layouts[key] = tuple(self.cells[still, owner].name for owner in owners)
+            records[name] = msgspec.structs.replace(_record(tensor), cell=tensor.sharding.cells, layout=key)
+        return records
+
+    def loose_pieces(self) -> dict[str, Loose]:
+        """The others, and where their pieces are."""
+        return {
+            name: Loose(
+                _record(self.content.tensors[name]),
+                tuple(
+                    (self.cells[name in self._still, writer].name, offset, shape) for writer, offset, shape in pieces
+                ),
+            )
+            for name, pieces in self.loose.items()
+        }
+
+    def _share_whole(self, names: list[str], still: bool) -> None:
+        if not names:
+            return
+        tensors = self.content.tensors
+        names.sort(key=lambda name: name not in self.first)  # those of rank 0 come first, and so lie together
+        total = _nbytes(tensors[name] for name in names)
+        parts = max(1, min(len(self.load), math.ceil(total / SPLIT_BYTES)))
+        reached = 0
+        shares: list[set[str]] = [set() for _ in range(parts)]
+        for name in names:
+            index = 0 if name in self.first else min(parts - 1, reached * parts // max(total, 1))
+            shares[index].add(name)
+            reached += _nbytes([tensors[name]])
+        for share in filter(None, shares):
+            writer = 0 if not share.isdisjoint(self.first) else self.load.index(min(self.load))
+            self.load[writer] += _nbytes(tensors[name] for name in share)
+            self.whole.append(_File(writer, share, still))
+
+    def _share_cut(self, name: str, number: int, sharding: Sharding) -> None:
+        """Each cell is written by one of those that have it, in turn."""
+        if sharding.cells is None:
+            self.loose[name] = _boxes(sharding, number, self.places)
+            writers = tuple(writer for writer, _, _ in self.loose[name])
+        else:
+            owners = sharding.owners()
+            key = (id(owners), number % len(owners[0]))
+            if key not in self._chosen:
+                self._chosen[key] = tuple(self.places[holders[number % len(holders)]] for holders in owners)
+            writers = self._owners[name] = self._chosen[key]
+        still = name in self._still
+        if (still, id(writers)) not in self._known:
+            self._known[still, id(writers)] = self.rank in writers
+            for writer in writers:
+                self.cells.setdefault((still, writer), _File(writer, set(), still))
+        if self._known[still, id(writers)]:
+            self.cells[still, self.rank].tensors.add(name)
+
+    def _give_names(self) -> None:
+        files = [*self.whole, *(self.cells[key] for key in sorted(self.cells, key=lambda key: (not key[0], key[1])))]
+        for number, file in enumerate(files, 1):
+            file.name = data_file_name(self.entry) if len(files) == 1 else shard_name(self.entry, number, len(files))
+
+
+def _is_whole(tensor: CapturedTensor) -> bool:
+    """Whether one process alone can write it; what has no elements is written anywhere."""
+    return tensor.sharding is None or 0 in tensor.shape
+
+
+def _nbytes(tensors: Iterable[CapturedTensor]) -> int:
+    return sum(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in tensors)
+
+
+def _boxes(
+    sharding: Sharding, number: int, places: Mapping[int, int]
+) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Writer, offset and shape of each piece."""
+    holders: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for rank in sorted(sharding.ranks):
+        box = sharding.box(rank)
+        if box is not None and 0 not in box[1]:
+            holders.setdefault(box, []).append(rank)
+    return [(places[ranks[number % len(ranks)]], offset, shape) for (offset, shape), ranks in holders.items()]
+
+
+def _record(tensor: CapturedTensor) -> TensorRecord:
+    """What the manifest says of a tensor, but for where it lies."""
+    return TensorRecord(
+        dtype=tensor.dtype, shape=tensor.shape, memory_format=tensor.memory_format, device=tensor.device
+    )

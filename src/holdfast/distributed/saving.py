@@ -125,14 +125,12 @@ class SharedSaves:
         captured: Mapping[str, CapturedEntry] = {}
         common: dict[str, CapturedEntry] = {}
         description, failure = None, None
-        costs = Costs()
         self._number += 1
         try:
-            with costs.of("plan_s"):
-                captured = fold(capture(), per_rank_entries(self._state), self.group.rank, self.group.size)
-                common = {entry: content for entry, content in captured.items() if entry != RANKS_ENTRY}
-                self._look_at(common)
-                description = describe(common, self._digest, self.exempt, thorough=not self._compared)
+            captured = fold(capture(), per_rank_entries(self._state), self.group.rank, self.group.size)
+            common = {entry: content for entry, content in captured.items() if entry != RANKS_ENTRY}
+            self._look_at(common)
+            description = describe(common, self._digest, self.exempt, thorough=not self._compared)
         except Exception as error:  # noqa: BLE001 - all raise it
             failure = error
         what = f"saving step {about.step}"

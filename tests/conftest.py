@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import HealthCheck, settings
+from lab.sharded import Array, Cells, Pieces, write_sharded
 
 from holdfast.errors import Damage
 from holdfast.format import manifest as manifests
@@ -243,6 +245,54 @@ class Layout:
 def layout_of() -> type[Layout]:
     """What tells what is to be said of damage: ``layout_of(path)``, of the checkpoint while it is intact."""
     return Layout
+
+
+@dataclass(frozen=True)
+class ShardedCheckpoint:
+    """A checkpoint that several processes saved, made by hand; ``arrays`` by ``entry/name`` are what it holds."""
+
+    path: Path
+    arrays: dict[str, Array]
+
+
+@pytest.fixture
+def sharded_checkpoint(tmp_path: Path) -> ShardedCheckpoint:
+    """A small one in a run of its own: tensors in cells, in pieces and whole, a tied one, and what is each rank's own.
+
+    Others are made with ``lab.sharded.write_sharded``, of arrays and of how each is cut.
+    """
+    random = np.random.default_rng(0)
+    model: dict[str, Array] = {
+        "rows": random.normal(size=(1100, 4)).astype(np.float32),
+        "columns": random.normal(size=(6, 7)),
+        "grid": random.integers(-5, 5, (7, 5)).astype(np.int16),
+        "few": random.normal(size=(2, 3)).astype(np.float32),
+        "anyhow": random.normal(size=(4, 6)).astype(np.float32),
+        "whole": random.normal(size=(300,)).astype(np.float32),
+        "scalar": np.array(3, np.int64),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    moments: dict[str, Array] = {name: random.normal(size=model[name].shape) for name in ("rows", "columns")}
+    cuts = {
+        "model/rows": Cells((275, 4)),
+        "model/columns": Cells((6, 2)),
+        "model/grid": Cells((4, 3), (2, 0, 3, 1)),
+        "model/few": Cells((1, 3)),
+        "model/anyhow": Pieces((((0, 0), (4, 2)), ((0, 2), (1, 4)), ((1, 2), (3, 4)))),
+        "moments/rows": Cells((275, 4)),
+        "moments/columns": Cells((6, 2)),
+    }
+    ranks = [{"_rng": {"python": rank}, "loader": {"position": 10 * rank}} for rank in range(4)]
+    path = write_sharded(
+        tmp_path / "run" / "step-000000000001",
+        {"model": model, "moments": moments},
+        cuts,
+        ranks=ranks,
+        aliases={"model": {"tied": "rows"}},
+    )
+    arrays = {f"model/{name}": array for name, array in model.items()}
+    arrays |= {f"moments/{name}": array for name, array in moments.items()}
+    return ShardedCheckpoint(path, {**arrays, "model/tied": model["rows"]})
 
 
 @pytest.fixture

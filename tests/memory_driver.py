@@ -16,6 +16,9 @@ import torch
 
 import holdfast
 
+sys.path.insert(0, str(Path(__file__).parent / "torture"))
+from lab.sharded import Cells, write_sharded
+
 
 def field(name: str) -> int:
     """A field of /proc/self/status, in bytes."""
@@ -76,6 +79,14 @@ def main() -> None:
     peaks["restore"] = peak(lambda: holdfast.restore(directory / "x", live))
     peaks["background"] = save_twice(directory / "run", live)
     live["plain"].fill_(1.0)
+    side = live["plain"].shape[0]
+    cuts = {"cut/rows": Cells((-(-side // 4), side)), "cut/columns": Cells((side, -(-side // 4)))}
+    arrays = {name.partition("/")[2]: live["plain"].numpy() for name in cuts}
+    write_sharded(directory / "sharded", {"cut": arrays}, cuts, chunk_bytes=2**21)
+    for entry, path in (("plain", "x"), ("small", "x"), ("cut", "sharded")):
+        checkpoint = holdfast.open(directory / path)
+        peaks[f"export {entry}"] = peak(lambda: checkpoint.export(entry, directory / entry))  # noqa: B023 - called at once
+        (directory / entry).unlink()
     peaks["verify"] = peak(lambda: holdfast.open(directory / "x").verify())
     assert float(live["transposed"].sum(dtype=torch.float64)) == live["plain"].numel()
     assert float(live["array"].min()) == 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+import json
 import math
 import shutil
 import struct
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import holdfast
 from holdfast.format import codecs
@@ -181,3 +183,61 @@ def test_checkpoints_that_share_a_file(shared: Run) -> None:
         }
         assert loaded["model"]["tied.weight"] is loaded["model"]["adapter.weight"]
         assert loaded["x"].tolist() == [step]
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A copy of the checkpoint that four processes saved."""
+    return shutil.copytree(GOLDEN / "format-1-sharded", tmp_path / "format-1-sharded") / "step-000000000007"
+
+
+SHARDED: dict[str, Any] = {
+    "rows": [[number / 4, number / 4 + 0.125] for number in range(7)],
+    "grid": [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]],
+    "few": [0.5, -0.5],
+    "anyhow": [[6.0 * row + column for column in range(6)] for row in range(4)],
+    "whole": [1, 2, 3],
+    "scalar": 7.0,
+    "empty": [],
+}
+ROWS_EXP_AVG = [[-7.0, -6.0], [-5.0, -4.0], [-3.0, -2.0], [-1.0, 0.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_checkpoint_of_four_processes(sharded: Path, mmap: bool) -> None:
+    """Cells, pieces, whole tensors and a tied one: whole again, in one process."""
+    holdfast.open(sharded).verify()
+    loaded = holdfast.load(sharded, mmap=mmap)
+    assert set(loaded) == {"model", "optimizer"}
+    model = loaded["model"]
+    assert {name: model[name].tolist() for name in SHARDED} == SHARDED
+    assert set(model) == {*SHARDED, "bits", "tied"}
+    assert (model["bits"].dtype, model["bits"].view(torch.uint16).flatten().tolist()) == (
+        torch.bfloat16,
+        list(range(8)),
+    )
+    assert model["tied"] is model["rows"]
+    assert loaded["optimizer"]["state.model.rows.exp_avg"].tolist() == ROWS_EXP_AVG
+
+
+def test_what_four_processes_had_of_their_own(sharded: Path) -> None:
+    """Each its generators and its loader, in the reserved entry."""
+    checkpoint = holdfast.open(sharded)
+    assert checkpoint.manifest.state["_ranks"] == {"world_size": 4, "entries": ["_rng", "loader"]}
+    own = [json.loads(checkpoint.read(f"_ranks/{rank:05d}").tobytes()) for rank in range(4)]
+    assert own == [{"_rng": {"python": rank}, "loader": {"position": 10 * rank}} for rank in range(4)]
+
+
+def test_four_processes_are_exported_as_one(sharded: Path, tmp_path: Path) -> None:
+    """Any tool reads the one file."""
+    holdfast.open(sharded).export("optimizer", tmp_path / "optimizer.safetensors")
+    assert load_file(tmp_path / "optimizer.safetensors")["state.model.rows.exp_avg"].tolist() == ROWS_EXP_AVG
+
+
+def test_the_sharded_one_is_small() -> None:
+    """It lies in the repository for ever."""
+    sizes = [path.stat().st_size for path in (GOLDEN / "format-1-sharded").rglob("*") if path.is_file()]
+    assert sum(sizes) < 100_000

@@ -18,7 +18,7 @@ LIMIT = 64 * 2**20
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's account of the peak")
 def test_peak_memory(tmp_path: Path, count: Callable[[int, int], int]) -> None:
-    """Saving, restoring and verifying 1.5 GB add under 64 MB each, whichever way the tensors lie in memory.
+    """Saving, restoring, verifying and exporting 1.5 GB add under 64 MB each, whichever way the tensors lie in memory.
 
     A save in the background adds one copy of the state.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from holdfast import exporting
 from holdfast.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -23,8 +23,9 @@ from holdfast.errors import (
     UnsupportedValueError,
     storage_errors,
 )
-from holdfast.format import envelope, safetensors, tree
+from holdfast.format import envelope, tree
 from holdfast.format import manifest as manifests
+from holdfast.format.cells import Box, count
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import Annotations, Head, Manifest
 from holdfast.format.names import (
@@ -35,9 +36,9 @@ from holdfast.format.names import (
     CheckpointName,
 )
 from holdfast.format.records import FileRecord, Piece, TensorRecord
-from holdfast.format.safetensors import StoredTensor
 from holdfast.format.strict_json import shown
 from holdfast.inspection import (
+    Contents,
     annotations_damage,
     content_damage,
     damaged_chunks,
@@ -46,8 +47,9 @@ from holdfast.inspection import (
     structure_damage,
     unreadable,
 )
+from holdfast.locating import Locator, Wanted
 from holdfast.storage import memory
-from holdfast.storage.boxes import array_sink, box_of, overlap
+from holdfast.storage.boxes import array_sink, box_of
 from holdfast.storage.local import LocalStore
 from holdfast.storage.reading import FileReads, Read, read_files
 from holdfast.storage.store import Store, StoredCheckpoint
@@ -64,12 +66,16 @@ class TensorInfo:
         shape: the global shape.
         nbytes: bytes of the whole tensor.
         alias_of: the tensor it is tied to, as ``entry/name``; None when it is stored itself.
+        parts: in how many parts it is stored: one unless several processes held some of it each.
+        files: in how many files these lie.
     """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     alias_of: str | None = None
+    parts: int = 1
+    files: int = 1
 
 
 class Checkpoint:
@@ -84,7 +90,6 @@ class Checkpoint:
         self._head = head
         self._data = data  # the manifest's bytes, whose long parts are decoded when somebody asks for them
         self._annotations = annotations
-        self._headers: dict[str, Mapping[str, StoredTensor]] = {}
         self.name = name
 
     def __repr__(self) -> str:
@@ -190,11 +195,18 @@ class Checkpoint:
         found = {}
         for entry, records in self.manifest.tensors.items():
             for name, record in records.items():
-                found[f"{entry}/{name}"] = TensorInfo(record.dtype, record.shape, record.nbytes)
+                found[f"{entry}/{name}"] = self._info(record)
             for alias, name in self.manifest.aliases.get(entry, {}).items():
-                record = records[name]
-                found[f"{entry}/{alias}"] = TensorInfo(record.dtype, record.shape, record.nbytes, f"{entry}/{name}")
+                found[f"{entry}/{alias}"] = self._info(records[name], f"{entry}/{name}")
         return found
+
+    def _info(self, record: TensorRecord, alias_of: str | None = None) -> TensorInfo:
+        parts = files = 1
+        if record.layout:
+            parts = files = count(record)
+        elif len(record.pieces) > 1:
+            parts, files = len(record.pieces), len({piece.file for piece in record.pieces})
+        return TensorInfo(record.dtype, record.shape, record.nbytes, alias_of, parts, files)
 
     def state_tree(self) -> dict[str, Any]:
         """The saved state with everything but torch's own values decoded; tensors stand as ``Opaque`` leaves."""
@@ -248,15 +260,33 @@ class Checkpoint:
         with memory.enough_memory(name, record.nbytes):
             array = np.empty(record.shape, numpy_name)
         wanted: dict[str, list[Read]] = {}
-        for piece in self.pieces(f"{entry}/{tensor}", record):
+        stored = self.manifest.aliases.get(entry, {}).get(tensor, tensor)
+        for piece in self.pieces(f"{entry}/{stored}", record):
             box = box_of(array, piece.offset, piece.shape)
             wanted.setdefault(piece.file, []).append(Read(piece.begin, box.nbytes, array_sink(box)))
         self.read_files(wanted)
         return array
 
-    def pieces(
-        self, key: str, record: TensorRecord, box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    ) -> Sequence[Piece]:
+    def export(self, entry: str, path: str | os.PathLike[str]) -> None:
+        """Write the tensors of an entry into one standard safetensors file, whatever parts they lie in. Blocks.
+
+        Their names are those of ``tensors``, without the entry; tied ones stand in the metadata, as
+        ``safetensors.torch.save_model`` writes them. Takes the memory of a few chunks, however large the entry is.
+
+        Args:
+            entry: such as ``model``.
+            path: the new file, which is there when it is whole and durable. Nothing is overwritten.
+
+        Raises:
+            UsageError: there is no such entry, it has no tensors, or ``path`` lies in the checkpoint.
+            CheckpointExistsError: something is at ``path``.
+            CorruptCheckpointError: the bytes are not those that were written; no file is left.
+            DiskFullError: there is no space for the file; none is left.
+        """
+        target = exporting.target_of(path, self.path)
+        exporting.export_entry(self.manifest, entry, target, self._locator, self._read_headers, self.read_files)
+
+    def pieces(self, key: str, record: TensorRecord, box: Box | None = None) -> Sequence[Piece]:
         """Where the bytes of a tensor lie. Blocks where headers of files have to be read for it; they are remembered.
 
         Args:
@@ -267,32 +297,21 @@ class Checkpoint:
         Raises:
             CorruptCheckpointError: a file is not what was written.
         """
-        if not record.layout:
-            return record.pieces
-        name = key.partition("/")[2]
-        files = self.manifest.layouts[record.layout]
-        counts = [-(-whole // size) for whole, size in zip(record.shape, record.cell, strict=True)]
-        found = []
-        for file, index in zip(files, itertools.product(*map(range, counts)), strict=False):
-            offset = tuple(at * size for at, size in zip(index, record.cell, strict=True))
-            shape = tuple(
-                min(size, whole - at) for size, whole, at in zip(record.cell, record.shape, offset, strict=True)
-            )
-            if box is None or overlap(offset, shape, *box) is not None:
-                stored = self._header(file)[name]
-                found.append(Piece(file, name, stored.begin, shape, offset))
-        return found
+        return self.locate([Wanted(key, record, box)])[0]
 
-    def _header(self, file: str) -> Mapping[str, StoredTensor]:
-        if file not in self._headers:
-            size = memoryview(bytearray(8))
-            self.read_files({file: [Read(0, 8, array_sink(np.frombuffer(size, np.uint8)))]})
-            nbytes = safetensors.header_length(size, self.files[file].bytes)
-            prefix = bytearray(nbytes)
-            self.read_files({file: [Read(0, nbytes, array_sink(np.frombuffer(prefix, np.uint8)))]})
-            layout = safetensors.parse(bytes(prefix), self.files[file].bytes)
-            self._headers[file] = {tensor.name: tensor for tensor in layout.tensors}
-        return self._headers[file]
+    def locate(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[Piece]]:
+        """The same of many tensors, for each of them. Each header is read once for all, as long as there is room."""
+        if not any(item.record.layout for item in wanted):
+            return [item.record.pieces for item in wanted]
+        return self._locator.locate(wanted, self._read_headers)
+
+    @functools.cached_property
+    def _locator(self) -> Locator:
+        return Locator(self.manifest, self.path)
+
+    def _read_headers(self, wanted: Mapping[str, Sequence[Read]]) -> None:
+        # Damage in headers is not looked up in headers.
+        self._read(list(wanted), wanted, Contents(self.manifest))
 
     def read_files(
         self,
@@ -312,7 +331,19 @@ class Checkpoint:
             CorruptCheckpointError: names file, chunk and tensors. Sinks may have got what was read before it.
             CheckpointNotFoundError: the checkpoint was removed since it was opened.
         """
+        contents = Contents(self.manifest, lambda file: self._locator.spans(file, self._read_headers))
         names = list(self.manifest.files) if whole else list(wanted)
+        self._read(names, wanted, contents, whole=whole, allocate=allocate)
+
+    def _read(
+        self,
+        names: Sequence[str],
+        wanted: Mapping[str, Sequence[Read]],
+        contents: Contents,
+        *,
+        whole: bool = False,
+        allocate: Callable[[int], memoryview] = memory.allocate,
+    ) -> None:
         if not names:
             return
         with self._opened() as stored:
@@ -328,7 +359,7 @@ class Checkpoint:
                     )
                     for name in names
                 ]
-                damage = damaged_chunks(self.manifest, read_files(jobs, allocate=allocate))
+                damage = damaged_chunks(self.manifest, read_files(jobs, allocate=allocate), contents)
         if damage:
             raise CorruptCheckpointError.at(self.path, damage, self.step)
 

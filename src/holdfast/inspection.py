@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from holdfast.errors import CorruptCheckpointError, Damage
 from holdfast.format import envelope, safetensors
 from holdfast.format import manifest as manifests
+from holdfast.format.cells import CellTable
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.manifest import Annotations, Head, Manifest
 from holdfast.format.names import ANNOTATIONS, is_auxiliary, is_tensor_file_name
@@ -20,6 +23,8 @@ from holdfast.storage.store import StoredCheckpoint, StoredFile
 
 MAX_STRANGERS = 1000
 """With more files than this that are not its own, a directory is not looked at further."""
+MAX_NAMED = 100_000
+"""After so many names of tensors that have cells in damaged files, nobody needs to know of more."""
 _HEADERS_BYTES = 2 * safetensors.MAX_HEADER_BYTES
 """What is kept of headers at a time, until they are compared with the manifest."""
 
@@ -47,19 +52,51 @@ def annotations_damage(stored: StoredCheckpoint, manifest: Manifest | Head) -> l
     return []
 
 
-class Contents:
-    """Which tensors lie where in the files of a checkpoint; of a head nothing is known."""
+Span = tuple[int, int, int]
+"""Where some bytes of a tensor begin and end in a file, and the number of the tensor in the manifest."""
 
-    def __init__(self, manifest: Manifest | Head) -> None:
+
+class Contents:
+    """Which tensors lie where in the files of a checkpoint; of a head nothing is known.
+
+    Args:
+        manifest: of the checkpoint.
+        cells: gives the spans of the cells in a file that has some, as its header tells them; None where that is not
+            known, and any of them may lie anywhere in the file.
+    """
+
+    def __init__(
+        self, manifest: Manifest | Head, cells: Callable[[str], list[Span] | None] = lambda file: None
+    ) -> None:
         self._manifest = manifest
+        self._cells = cells
+        self._found: dict[str, tuple[list[Span], list[int], bool]] = {}
+        self._left = MAX_NAMED
 
     def tensors(self, file: str, begin: int = 0, end: int | None = None) -> tuple[str, ...]:
-        """The tensors with bytes in a part of a file, as ``entry/name``, in the order of the manifest."""
-        places, ends = self._places.get(file, ([], []))
+        """The tensors with bytes in a part of a file, as ``entry/name``, in the order of the manifest.
+
+        No more than :data:`MAX_NAMED` in all: each of a thousand files may have cells of the same tensors.
+        """
+        if isinstance(self._manifest, Head):
+            return ()
+        places, ends, known = self._places(file)
         if end is not None:  # they lie one behind the other: decoding made sure of it
             places = places[bisect.bisect_right(ends, begin) : bisect.bisect_left(places, (end,))]
             places = [place for place in places if place[0] < place[1]]  # an empty tensor has no bytes anywhere
-        return tuple(dict.fromkeys(self._names[number] for _, _, number in sorted(places, key=lambda place: place[2])))
+        numbers = [number for _, _, number in places]
+        if not known:
+            numbers += [member.number for member, _ in itertools.islice(self.table.held(file), self._left)]
+        named = tuple(self._names[number] for number in sorted(set(numbers)))[: self._left]
+        self._left -= len(named)
+        return named
+
+    @functools.cached_property
+    def table(self) -> CellTable:
+        """Whose cells lie in which file."""
+        if isinstance(self._manifest, Head):
+            return CellTable({}, {})
+        return CellTable(self._manifest.tensors, self._manifest.layouts)
 
     @functools.cached_property
     def _names(self) -> list[str]:
@@ -67,19 +104,27 @@ class Contents:
             return []
         return [f"{entry}/{name}" for entry, records in self._manifest.tensors.items() for name in records]
 
+    def _places(self, file: str) -> tuple[list[Span], list[int], bool]:
+        """The spans in a file, in order of their beginnings; their ends alone; and whether these are all."""
+        if file not in self._found:
+            cells = self._cells(file) if file in self.table else []
+            spans = sorted(self._pieces.get(file, []) + (cells or []))
+            self._found[file] = spans, sorted(span[1] for span in spans), cells is not None
+        return self._found[file]
+
     @functools.cached_property
-    def _places(self) -> dict[str, tuple[list[tuple[int, ...]], list[int]]]:
-        """By file: begin, end and number of each piece, in order of their beginnings; and the ends alone."""
+    def _pieces(self) -> dict[str, list[Span]]:
+        """By file, the span of each piece."""
         if isinstance(self._manifest, Head):
             return {}
-        places: dict[str, list[tuple[int, ...]]] = {name: [] for name in self._manifest.files}
+        spans: dict[str, list[Span]] = {name: [] for name in self._manifest.files}
         records = (record for records in self._manifest.tensors.values() for record in records.values())
         for number, record in enumerate(records):
             itemsize = DTYPES[record.dtype].itemsize
             for piece in record.pieces:
                 end = piece.begin + math.prod(piece.shape) * itemsize
-                places[piece.file].append((piece.begin, end, number))
-        return {name: (sorted(found), sorted(place[1] for place in found)) for name, found in places.items()}
+                spans[piece.file].append((piece.begin, end, number))
+        return spans
 
 
 def structure_damage(stored: StoredCheckpoint, manifest: Manifest | Head) -> list[Damage]:
@@ -143,9 +188,8 @@ def open_data_file(
     raise CorruptCheckpointError.at(stored.path, [Damage(name, what, tensors=tensors)], manifest.step)
 
 
-def damaged_chunks(manifest: Manifest, damaged: Iterable[Damaged]) -> list[Damage]:
+def damaged_chunks(manifest: Manifest, damaged: Iterable[Damaged], contents: Contents) -> list[Damage]:
     """What to say of chunks whose bytes are not those that were written: where they are, and whose bytes they hold."""
-    contents = Contents(manifest)
     found = []
     for file, index in damaged:
         record = manifest.files[file]
@@ -163,9 +207,12 @@ def content_damage(
 
     A header is taken from the very bytes whose checksums were compared.
     """
+    spans: dict[str, list[Span] | None] = {}
+    contents = Contents(manifest, spans.get)
     described = _described(manifest)
+    every = (_Header(stored, manifest, name, described.get(name, []), contents.table) for name in names)
     damage: list[Damage] = []
-    for headers in _groups([_Header(name, manifest, described.get(name, {})) for name in names]):
+    for headers in _groups(every):
         jobs = [
             FileReads(
                 header.name,
@@ -176,31 +223,31 @@ def content_damage(
             )
             for header in headers
         ]
-        found = damaged_chunks(manifest, read_files(jobs, to_the_end=True, progress=progress))
-        broken = {item.file for item in found}
-        damage += found
+        damaged = read_files(jobs, to_the_end=True, progress=progress)
+        broken: dict[str, list[int]] = {}
+        for file, index in damaged:
+            broken.setdefault(file, []).append(index)
         for header in headers:
-            if header.name not in broken:
-                damage += header.damage()
+            spans[header.name] = header.look(broken.get(header.name, ()))
+        damage += damaged_chunks(manifest, damaged, contents)
+        damage += [item for header in headers if header.name not in broken for item in header.damage]
+        spans.clear()
     return damage
 
 
-_Piece = tuple[str, str, tuple[int, ...], int]
-"""Of a piece in a file, ``entry/name``; and as a header has it: element type, shape, and where it begins."""
+_Piece = tuple[str, str, str, tuple[int, ...], int]
+"""Of a piece in a file, ``entry/name``; and as a header has it: name, element type, shape, and where it begins."""
 
 
-def _described(manifest: Manifest) -> dict[str, dict[str, _Piece]]:
-    """By file and by the name that it has there, each piece."""
-    described: dict[str, dict[str, _Piece]] = {}
+def _described(manifest: Manifest) -> dict[str, list[_Piece]]:
+    """By file, each piece."""
+    described: dict[str, list[_Piece]] = {}
     for entry, records in manifest.tensors.items():
         for tensor, record in records.items():
             dtype = DTYPES[record.dtype]
             for piece in record.pieces:
-                described.setdefault(piece.file, {})[piece.name] = (
-                    f"{entry}/{tensor}",
-                    dtype.code,
-                    dtype.stored_shape(piece.shape),
-                    piece.begin,
+                described.setdefault(piece.file, []).append(
+                    (f"{entry}/{tensor}", piece.name, dtype.code, dtype.stored_shape(piece.shape), piece.begin)
                 )
     return described
 
@@ -208,13 +255,22 @@ def _described(manifest: Manifest) -> dict[str, dict[str, _Piece]]:
 class _Header:
     """The header of a data file, taken from the bytes that are read of it."""
 
-    def __init__(self, name: str, manifest: Manifest, pieces: dict[str, _Piece]) -> None:
+    def __init__(
+        self, stored: StoredCheckpoint, manifest: Manifest, name: str, pieces: Sequence[_Piece], table: CellTable
+    ) -> None:
         self.name = name
-        self._file_bytes = manifest.files[name].bytes
+        self.damage: list[Damage] = []
+        self._record = manifest.files[name]
         self._pieces = pieces
-        end = min((piece[3] for piece in pieces.values()), default=self._file_bytes)
-        self.nbytes = min(end, safetensors.MAX_HEADER_BYTES) if is_tensor_file_name(name) else 0
+        self._table = table
         self._data = bytearray()
+        if not is_tensor_file_name(name):
+            self.nbytes = 0
+        elif name in table:
+            self.nbytes = _claimed_bytes(stored, manifest, name)
+        else:
+            end = min((piece[4] for piece in pieces), default=self._record.bytes)
+            self.nbytes = min(end, safetensors.MAX_HEADER_BYTES)
 
     def reads(self) -> list[Read]:
         """What to read for it."""
@@ -225,21 +281,54 @@ class _Header:
         """See ``Sink``."""
         self._data[offset : offset + nbytes] = memory.view_at(address, nbytes)
 
-    def damage(self) -> list[Damage]:
-        """Where it does not say of the tensors what the manifest says."""
+    def look(self, broken: Iterable[int]) -> list[Span] | None:
+        """Note in ``damage`` where it does not say of the tensors what the manifest says.
+
+        Args:
+            broken: the chunks of the file that were not read.
+
+        Returns:
+            Where the cells of the file lie; None where that is not known.
+        """
         data, self._data = self._data, bytearray()
-        if not is_tensor_file_name(self.name):
-            return []
+        if not is_tensor_file_name(self.name) or any(at * self._record.chunk_bytes < self.nbytes for at in broken):
+            return None
         try:
-            nbytes = safetensors.header_length(data, self._file_bytes)
-            layout = safetensors.parse(memoryview(data)[:nbytes], self._file_bytes)
+            nbytes = safetensors.header_length(data, self._record.bytes)
+            layout = safetensors.parse(memoryview(data)[:nbytes], self._record.bytes)
         except ValueError as error:
-            return [Damage(self.name, f"its safetensors header: {error}")]
-        found = {tensor.name: (tensor.code, tensor.shape, tensor.begin) for tensor in layout.tensors}
-        for name, (tensor, *expected) in self._pieces.items():
-            if found.get(name) != tuple(expected):
-                return [Damage(self.name, "its header and the manifest disagree", tensors=(tensor,))]
-        return []
+            self.damage = [Damage(self.name, f"its safetensors header: {error}")]
+            return None
+        found = {tensor.name: tensor for tensor in layout.tensors}
+        for key, name, *expected in self._pieces:
+            tensor = found.pop(name, None)  # each is that of one piece or cell
+            if tensor is None or [tensor.code, tensor.shape, tensor.begin] != expected:
+                self.damage = [disagreement(self.name, key)]
+                return None
+        spans = []
+        for member, cell in self._table.held(self.name):
+            tensor = found.pop(member.name, None)
+            if tensor is None or (tensor.code, tensor.shape) != member.stored(cell):
+                self.damage = [disagreement(self.name, member.key)]
+                return None
+            spans.append((tensor.begin, tensor.begin + tensor.nbytes, member.number))
+        return spans
+
+
+def disagreement(file: str, key: str) -> Damage:
+    """What to say of a header that has a tensor not at all, or as another than it is."""
+    return Damage(file, "its header and the manifest disagree", tensors=(key,))
+
+
+def _claimed_bytes(stored: StoredCheckpoint, manifest: Manifest, name: str) -> int:
+    """How long the header of a file says that it is; nothing relies on it before its checksum is compared."""
+    with contextlib.closing(open_data_file(stored, manifest, name)) as file:
+        first = memoryview(bytearray(min(safetensors.LENGTH_BYTES, file.nbytes)))
+        try:
+            file.read_into(0, first)
+            return safetensors.header_length(first, file.nbytes)
+        except (OSError, ValueError):  # reading it, or what it says, is damaged: that is found, and said, later
+            return len(first)
 
 
 def _groups(headers: Iterable[_Header]) -> Iterator[list[_Header]]:

@@ -64,9 +64,10 @@ def test_json(run: Run, holdfast_cli: Command) -> None:
     answer = holdfast_cli("show", run[30].path, "--json").json
     assert list(answer)[-6:] == ["environment", "config", "origin", "files", "tensors", "state"]
     assert answer["step"] == 30
+    whole = {"dtype": "float32", "shape": [2, 2], "bytes": 16, "parts": 1, "files": 1}
     assert answer["tensors"] == {
-        "model/first.weight": {"dtype": "float32", "shape": [2, 2], "bytes": 16, "alias_of": None},
-        "model/second.weight": {"dtype": "float32", "shape": [2, 2], "bytes": 16, "alias_of": "model/first.weight"},
+        "model/first.weight": {**whole, "alias_of": None},
+        "model/second.weight": {**whole, "alias_of": "model/first.weight"},
     }
     assert answer["state"]["data"] == {"history": [0.5, 0.25], "note": "[red]x"}
     assert list(answer["files"]) == ["model.safetensors"]
@@ -86,3 +87,28 @@ def test_nothing(tmp_path: Path, holdfast_cli: Command) -> None:
         answer = holdfast_cli("show", path)
         assert (answer.code, answer.out) == (2, "")
         assert str(path) in answer.err
+
+
+def test_tensors_in_parts(sharded_checkpoint: Any, holdfast_cli: Command) -> None:
+    """In how many parts and files each lies; what each rank has of its own is not shown."""
+    answer = holdfast_cli("show", sharded_checkpoint.path)
+    for text in (
+        "rows: float32 [1100, 4] in 4 parts, 4 files",
+        "anyhow: float32 [4, 6] in 3 parts, 3 files",
+        "tied: float32 [1100, 4] in 4 parts, 4 files = model/rows",
+        "whole: float32 [300]\n",
+    ):
+        assert text in answer.out, text
+    assert "00002" not in answer.out.partition("state\n")[2]
+    tensors = holdfast_cli("show", sharded_checkpoint.path, "--json").json["tensors"]
+    assert [(tensors[name]["parts"], tensors[name]["files"]) for name in ("model/rows", "model/whole")] == [
+        (4, 4),
+        (1, 1),
+    ]
+
+
+def test_many_files(sharded_checkpoint: Any, holdfast_cli: Command) -> None:
+    """Those of an entry are added up where there are many."""
+    shown = " ".join(holdfast_cli("show", sharded_checkpoint.path).out.partition("\nstate\n")[0].split())
+    assert "files model-*-of-00005.safetensors (5 files, " in shown
+    assert "_ranks-*-of-00004.safetensors (4 files, 16.6 KB)" in shown

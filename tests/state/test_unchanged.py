@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lab.sharded import Cells, Pieces, write_sharded
 from safetensors.torch import load_file
 from torch import nn
 
@@ -77,6 +79,23 @@ def test_a_frozen_backbone_is_stored_once(tmp_path: Path, options: dict[str, Any
     nn.init.zeros_(fresh["backbone"].weight)
     holdfast.restore(checkpoints[1].path, {"model": fresh, "optimizer": optimizer})
     assert torch.equal(fresh["backbone"].weight, model["backbone"].weight)
+
+
+def test_files_of_several_processes_say_nothing_of_what_stood_still(tmp_path: Path) -> None:
+    """A process that resumes from theirs saves one file again: what lay where was a matter of who held it."""
+    arrays = {name: np.full(4, number, np.float32) for number, name in enumerate("abc")}
+    cuts = {"x/b": Pieces((((0,), (4,)),)), "x/c": Cells((2,))}
+    write_sharded(tmp_path / "step-000000000001", {"x": arrays}, cuts)
+    state = {"x": {name: torch.zeros(4) for name in arrays}}
+    with Checkpointer(tmp_path, state, save=Every(steps=10**6)) as ckpt:
+        assert {name: tensor.tolist() for name, tensor in state["x"].items()} == {
+            name: array.tolist() for name, array in arrays.items()
+        }
+        ckpt.step()
+        ckpt.save().result(60)
+    newest = Run(tmp_path).latest()
+    assert newest is not None
+    assert [name for name in newest.files if name.startswith("x")] == ["x.safetensors"]
 
 
 def test_a_resumed_process_goes_on_linking(tmp_path: Path) -> None:

@@ -15,7 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.storage import memory
-from holdfast.storage.boxes import BoxSink, FlatSink, array_sink, box_of, elements
+from holdfast.storage.boxes import (
+    BoxSink,
+    FlatSink,
+    array_region_sink,
+    array_sink,
+    box_of,
+    elements,
+    overlap,
+    runs,
+    span,
+)
 from holdfast.storage.reading import Sink
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
@@ -181,3 +191,100 @@ def test_a_box_without_dimensions_is_a_view(make: Callable[[Any], Any]) -> None:
     value = make(np.zeros(()))
     box_of(value, (), ())[...] = 1
     assert value.tolist() == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- regions
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@st.composite
+def boxes(draw: st.DrawFn, number: int = 1) -> tuple[tuple[int, ...], list[Box]]:
+    """A shape without zeros, and some boxes of it that have elements."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
+    found = []
+    for _ in range(number):
+        offset = tuple(draw(st.integers(0, size - 1)) for size in shape)
+        found.append((offset, tuple(draw(st.integers(1, size - at)) for size, at in zip(shape, offset, strict=True))))
+    return shape, found
+
+
+def mask(shape: tuple[int, ...], box: Box) -> np.ndarray[Any, Any]:
+    """Which elements of an array of ``shape`` a box has."""
+    found = np.zeros(shape, bool)
+    box_of(found, *box)[...] = True
+    return found
+
+
+@given(boxes(number=2))
+def test_what_two_boxes_have_in_common(case: tuple[tuple[int, ...], list[Box]]) -> None:
+    """The elements of both, and None where there are none."""
+    shape, (one, other) = case
+    both = mask(shape, one) & mask(shape, other)
+    common = overlap(*one, *other)
+    assert np.array_equal(mask(shape, common) if common else np.zeros(shape, bool), both)
+    assert common == overlap(*other, *one)
+
+
+@pytest.mark.parametrize("one", [((0,), (0,)), ((2,), (0,)), ((4,), (2,))])
+def test_boxes_that_touch_have_nothing_in_common(one: Box) -> None:
+    """Nor does one without elements."""
+    assert overlap(*one, (1,), (3,)) is None
+
+
+@given(boxes())
+def test_how_far_a_box_reaches(case: tuple[tuple[int, ...], list[Box]]) -> None:
+    """From its first element to behind its last, in logical order."""
+    shape, (box,) = case
+    found = np.flatnonzero(mask(shape, box))
+    assert span(shape, *box) == (found[0], found[-1] + 1)
+
+
+@given(shape=SHAPES, ends=st.tuples(st.integers(0, 300), st.integers(0, 300)))
+def test_runs_in_logical_order(shape: tuple[int, ...], ends: tuple[int, int]) -> None:
+    """One after the other the boxes are the elements asked for, for every shape and every part of it."""
+    count = math.prod(shape)
+    values = np.arange(count).reshape(shape)
+    start, stop = sorted(end % (count + 1) for end in ends)
+    found = [int(item) for box in runs(shape, start, stop) for item in box_of(values, *box).reshape(-1)]
+    assert found == list(range(start, stop))
+
+
+def test_runs_are_few() -> None:
+    """Whole rows are one box: no more than two for each dimension, and one between."""
+    assert len(list(runs((100, 100, 100), 12_345, 876_543))) == 5
+
+
+@given(
+    case=boxes(),
+    order=st.permutations(range(4)),
+    dtype=st.sampled_from(["u1", "i2", "f4", "c16"]),
+    cuts=st.lists(st.integers(0, 10_000), max_size=12),
+    seed=st.integers(0, 100),
+)
+def test_regions_into_arrays_in_any_order(
+    case: tuple[tuple[int, ...], list[Box]], order: list[int], dtype: str, cuts: list[int], seed: int
+) -> None:
+    """Of the bytes from a region's first element to its last, torn anywhere, the array gets those of the region."""
+    shape, (box,) = case
+    whole = np.random.default_rng(seed).integers(1, 100, shape).astype(dtype)
+    first, last = span(shape, *box)
+    data = whole.reshape(-1)[first:last].tobytes()
+    expected = box_of(whole, *box).tobytes()
+    arrays = layouts(box[1], order, dtype)
+    for array in arrays.values():
+        deliver(array_region_sink(array, shape, box[0]), data, cuts, seed)
+    assert {name: array.tobytes() for name, array in arrays.items()} == dict.fromkeys(arrays, expected)
+    around = arrays["a box"].base
+    assert around is None or np.count_nonzero(around) == np.count_nonzero(arrays["a box"])
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8, 16])
+def test_a_region_takes_an_element_in_single_bytes(itemsize: int) -> None:
+    """As a box does: one way of putting torn elements together serves both."""
+    whole = np.arange(12 * itemsize, dtype=np.uint8).view(f"V{itemsize}").reshape(3, 4)
+    target = np.zeros((2, 2), f"V{itemsize}")
+    first, last = span((3, 4), (1, 1), (2, 2))
+    data = whole.reshape(-1)[first:last].tobytes()
+    deliver(array_region_sink(target, (3, 4), (1, 1)), data, range(len(data)), seed=2)
+    assert target.tobytes() == whole[1:, 1:3].tobytes()

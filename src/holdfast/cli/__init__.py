@@ -1,4 +1,4 @@
-"""The command line: ``holdfast ls``, ``show``, ``verify``, ``prune`` and ``audit``.
+"""The command line: ``holdfast ls``, ``show``, ``verify``, ``export``, ``prune`` and ``audit``.
 
 Exit codes: 0 done, 1 found what it looks for (damage, a difference), 2 used wrongly. No command needs torch (``audit``
 starts processes that do), and ``--help`` needs nothing but typer: each command imports what it uses when it runs.
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from holdfast._version import __version__
-from holdfast.cli import audit, ls, prune, show, verify
+from holdfast.cli import audit, export, ls, prune, show, verify
 
 app = typer.Typer(
     name="holdfast",
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("ls")(ls.command)
 app.command("show")(show.command)
 app.command("verify")(verify.command)
+app.command("export")(export.command)
 app.command("prune")(prune.command)
 app.command("audit")(audit.command)
 

@@ -19,6 +19,8 @@ import typer
 from holdfast.errors import HoldfastError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from holdfast.checkpoint import Checkpoint
@@ -166,6 +168,21 @@ def number(value: object) -> str:
 def metrics(values: Mapping[str, Any]) -> str:
     """All metrics on one line."""
     return "  ".join(f"{name}={number(value)}" for name, value in itertools.islice(values.items(), MOST_LINES))
+
+
+def one_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``; of a run, its newest."""
+    from holdfast.checkpoint import open as open_checkpoint
+    from holdfast.errors import CheckpointNotFoundError
+    from holdfast.run import Run
+
+    try:
+        return open_checkpoint(path)
+    except CheckpointNotFoundError:
+        newest = Run(path).latest() if path.is_dir() else None
+        if newest is None:
+            raise
+        return newest
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from holdfast.checkpoint import Checkpoint, TensorInfo
+    from holdfast.format.records import FileRecord
 
 _LONGEST_VALUE = 60
 _MOST_LINES = 2000
+_MOST_FILES = 12
+_SHARD_NUMBER = re.compile(r"-[0-9]{5}-(?=of-[0-9]{5}\.)", re.ASCII)
 
 
 def command(
@@ -25,25 +29,11 @@ def command(
 ) -> None:
     """Show what a checkpoint holds: its state with shapes and types, its lineage, and what it was saved with."""
     with output.clear_errors():
-        found = _open(checkpoint)
+        found = output.one_checkpoint(checkpoint)
         if as_json:
             output.print_json(_as_json(found))
         else:
             _print(found)
-
-
-def _open(path: Path) -> Checkpoint:
-    from holdfast.checkpoint import open as open_checkpoint
-    from holdfast.errors import CheckpointNotFoundError
-    from holdfast.run import Run
-
-    try:
-        return open_checkpoint(path)
-    except CheckpointNotFoundError:
-        newest = Run(path).latest() if path.is_dir() else None
-        if newest is None:
-            raise
-        return newest
 
 
 def _as_json(found: Checkpoint) -> dict[str, Any]:
@@ -54,7 +44,14 @@ def _as_json(found: Checkpoint) -> dict[str, Any]:
         "origin": found.loop.get("origin"),
         "files": {name: record.bytes for name, record in found.manifest.files.items()},
         "tensors": {
-            name: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes, "alias_of": info.alias_of}
+            name: {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "bytes": info.nbytes,
+                "alias_of": info.alias_of,
+                "parts": info.parts,
+                "files": info.files,
+            }
             for name, info in found.tensors.items()
         },
         "state": {
@@ -105,8 +102,24 @@ def _facts(found: Checkpoint) -> Iterator[tuple[str, str]]:
     if isinstance(origin, Mapping):
         yield "began with", "{} (step {} of run {})".format(*map(origin.get, ("checkpoint_id", "step", "run_id")))
     yield "environment", "  ".join(f"{name}={value}" for name, value in found.environment.items() if value is not None)
-    files = found.manifest.files
-    yield "files", "  ".join(f"{name} ({output.size(record.bytes)})" for name, record in files.items())
+    yield "files", "  ".join(_files(found.files))
+
+
+def _files(files: Mapping[str, FileRecord]) -> Iterator[str]:
+    """The files with their sizes; those of an entry together where there are many."""
+    if len(files) <= _MOST_FILES:
+        yield from (f"{name} ({output.size(record.bytes)})" for name, record in files.items())
+        return
+    groups: dict[str, list[int]] = {}
+    for name, record in files.items():
+        groups.setdefault(_SHARD_NUMBER.sub("-*-", name), []).append(record.bytes)
+    for name, sizes in groups.items():
+        count = f"{len(sizes)} files, " if len(sizes) > 1 else ""
+        yield f"{name} ({count}{output.size(sum(sizes))})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _parent(found: Checkpoint) -> str:
@@ -159,7 +172,8 @@ class _Grower:
             info = self._tensors.get(f"{entry}/{name}")
             if info is not None:
                 tied = f" = {info.alias_of}" if info.alias_of else ""
-                return f"[cyan]{info.dtype} {list(info.shape)}[/cyan]{escape(output.plain(tied))}"
+                cut = f" in {info.parts} parts, {_count(info.files, 'file')}" if info.parts > 1 else ""
+                return f"[cyan]{info.dtype} {list(info.shape)}[/cyan]{cut}{escape(output.plain(tied))}"
         text = output.plain_repr(value)
         return escape(text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}...")
 

@@ -13,6 +13,7 @@ import msgspec
 
 from holdfast.errors import FormatVersionError, UsageError
 from holdfast.format import envelope, strict_json, tree
+from holdfast.format.cells import check_cells
 from holdfast.format.names import MAX_STEP, is_data_file_name, is_entry_name
 from holdfast.format.records import HEX, FileRecord, TensorRecord, check_file, check_tensors
 from holdfast.format.strict_json import cut, shown
@@ -262,7 +263,7 @@ def _decoded(data: bytes, path: str, kind: type[_Kind]) -> _Kind:
         if kind is Head:
             strict_json.check_digits(inner)
             _check_size(inner)
-        decoded = strict_json.decode(inner, kind)
+        decoded = strict_json.decode(inner, kind, digits_checked=True)  # the body is that of a head
     except ValueError:
         _check_version(inner, path)  # another version may have other fields, and says so better
         raise
@@ -307,6 +308,7 @@ def _check_body(manifest: Manifest) -> None:
     for entry in manifest.tensors:
         _require(is_entry_name(entry.removeprefix("_")), f"{shown(entry)} is not the name of an entry")
     check_tensors(manifest.tensors, manifest.files)
+    check_cells(manifest.tensors, manifest.layouts, manifest.files)
     for entry, aliases in manifest.aliases.items():
         known = manifest.tensors.get(entry, {})
         for alias, name in aliases.items():

@@ -108,6 +108,11 @@ def is_staged_annotations(name: str) -> bool:
     return _STAGED_ANNOTATIONS.fullmatch(name) is not None
 
 
+def export_name(nonce: str) -> str:
+    """The name of a file that is being exported, until it is whole."""
+    return f".holdfast-export-{nonce}"
+
+
 def probe_name(nonce: str) -> str:
     """The name of a file that is made to read the clock of a file system, and removed at once."""
     return f".probe-{nonce}"

@@ -22,7 +22,7 @@ MAX_DIMENSIONS = 64
 MAX_CORNERS = 2**19
 """Of all pieces of tensors that are cut, together: two for each dimension that is cut, multiplied."""
 HEX = re.compile(r"[0-9a-f]{32}", re.ASCII)
-"""What ids and checksums look like."""
+"""What ids look like, and checksums."""
 _MAX_BYTES = 2**63 - 1
 _MAX_ELEMENTS = _MAX_BYTES // 16  # of the widest type
 _MAX_CHUNK_BYTES = 64 * 2**20
@@ -93,12 +93,18 @@ def check_file(name: str, file: FileRecord) -> None:
     chunks = -(-file.bytes // file.chunk_bytes)
     if len(file.xxh3_128) != chunks:
         raise ValueError(f"{name}: expected {chunks} checksums, found {len(file.xxh3_128)}")
-    if not all(map(HEX.fullmatch, file.xxh3_128)):
+    # All of them at once: a terabyte has half a million.
+    digits = "".join(file.xxh3_128)
+    lengths = set(map(len, file.xxh3_128))
+    if not lengths <= {32} or not digits.isascii() or digits.encode().translate(None, b"0123456789abcdef"):
         raise ValueError(f"{name}: a checksum is not 32 hex digits")
 
 
 def check_tensors(tensors: Mapping[str, Mapping[str, TensorRecord]], files: Mapping[str, FileRecord]) -> None:
-    """Refuse tensors, by entry and name, that cannot be, or that do not lie in ``files`` as tensors do."""
+    """Refuse tensors, by entry and name, that cannot be, or whose pieces do not lie in ``files`` as pieces do.
+
+    Those that are cut into cells are for :func:`holdfast.format.cells.check_cells` to look at further.
+    """
     spans: _Spans = {name: [] for name in files}
     corners = 0
     for entry, records in tensors.items():
@@ -131,6 +137,8 @@ def _tensor_problem(record: TensorRecord, files: Mapping[str, FileRecord], spans
         return f"unknown memory format {shown(record.memory_format)}"
     if _MEMORY_FORMATS[record.memory_format] not in (None, len(shape)):
         return f"{record.memory_format} of shape {shape}"
+    if record.layout or record.cell:
+        return None
     return _places_problem(record, dtype.itemsize, files, spans)
 
 

@@ -33,9 +33,16 @@ _SHOWN = 200
 _KEYS = re.compile(rb'"((?:[^"\\]++|\\.)*+)"[ \t\n\r]*+(:)?+|[{}]', re.DOTALL)
 
 
-def decode(data: bytes | memoryview, type_: type[T]) -> T:
-    """``data`` as ``type_``; ValueError says what is wrong."""
-    check_digits(data)
+def decode(data: bytes | memoryview, type_: type[T], *, digits_checked: bool = False) -> T:
+    """``data`` as ``type_``; ValueError says what is wrong.
+
+    Args:
+        data: JSON.
+        type_: what it is to be.
+        digits_checked: whether :func:`check_digits` has seen it.
+    """
+    if not digits_checked:
+        check_digits(data)
     try:
         value = msgspec.json.decode(data, type=type_)
         canonical = msgspec.json.encode(value)

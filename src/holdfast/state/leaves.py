@@ -16,6 +16,7 @@ from holdfast.format.dtypes import DTYPES
 from holdfast.format.records import TensorRecord, is_shape
 from holdfast.format.strict_json import cut, shown
 from holdfast.format.tree import plain_numpy_dtype
+from holdfast.locating import Wanted
 from holdfast.state.cuda import pinned_buffer, synchronize
 from holdfast.state.sharding import empty_beside, local_box, local_of
 from holdfast.state.tensors import new_tensor, tensor_sink, torch_dtype
@@ -145,8 +146,8 @@ class SavedLeaves:
         saved = SavedArray(key, record, dtype, tuple(shape))
         if not is_shape(saved.shape) or math.prod(saved.shape) * dtype.itemsize != record.nbytes:
             raise ValueError(f"{cut(name)}: {record.nbytes} bytes are no array of shape {shown(shape)} of {dtype}")
-        if len(record.pieces) > 1:
-            raise ValueError(f"{cut(name)}: an array of {dtype} is stored in one piece, found {len(record.pieces)}")
+        if len(record.pieces) != 1:
+            raise ValueError(f"{cut(name)}: an array of {dtype} is stored in one piece, not cut into several")
         return saved
 
 
@@ -189,21 +190,24 @@ def fill(
         copies: what, and where to.
         whole: verify also the chunks that hold none of it.
     """
+    boxes = [local_box(target) if isinstance(saved, SavedTensor) else (target, ()) for saved, target in copies]
+    located = checkpoint.locate(
+        [
+            Wanted(saved.key, saved.record, None if local is target else (offset, tuple(local.shape)))
+            for (saved, target), (local, offset) in zip(copies, boxes, strict=True)
+        ]
+    )
     wanted: dict[str, list[Read]] = {}
-    for saved, target in copies:
+    for (saved, target), (local, offset), pieces in zip(copies, boxes, located, strict=True):
         record = saved.record
         if isinstance(saved, SavedTensor):
-            local, offset = local_box(target)
-            for piece in checkpoint.pieces(
-                saved.key, record, None if local is target else (offset, tuple(local.shape))
-            ):
+            for piece in pieces:
                 found = tensor_sink(local, record, piece, offset)
                 if found is not None:
                     begin, nbytes, sink = found
                     wanted.setdefault(piece.file, []).append(Read(piece.begin + begin, nbytes, sink))
             continue
         itemsize = DTYPES[record.dtype].itemsize
-        pieces = checkpoint.pieces(saved.key, record)
         for piece in pieces:
             # The shape of an array in one piece may be another than that of its bytes.
             box = target if len(pieces) == 1 else box_of(target, piece.offset, piece.shape)

@@ -133,10 +133,11 @@ class Unchanged:
     def _remember(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest
         for entry, records in manifest.tensors.items():
+            if any(len(record.pieces) != 1 for record in records.values()):
+                continue  # several processes saved it: its files are theirs, whatever stood still
             names: dict[str, set[str]] = {}
             for name, record in records.items():
-                if len(record.pieces) == 1:
-                    names.setdefault(record.pieces[0].file, set()).add(name)
+                names.setdefault(record.pieces[0].file, set()).add(name)
             # What may have moved lies in the last file. Where there is one file only, all of it may stand still.
             files = sorted(names)[: max(1, len(names) - 1)]
             known = _Entry()

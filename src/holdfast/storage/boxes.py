@@ -51,19 +51,11 @@ class FlatSink:
         memory.copy(self._address + offset, address, nbytes)
 
 
-class BoxSink:
-    """Takes bytes into an array or tensor that does not lie in memory as its bytes do in the file.
+class _ElementSink:
+    """Takes bytes element by element, whole and aligned, in whatever pieces they come."""
 
-    Args:
-        box: what is filled.
-        itemsize: bytes of one saved element.
-        fill: puts the bytes of some elements into a view of the box; the bytes are aligned to elements.
-    """
-
-    def __init__(self, box: Any, itemsize: int, fill: Callable[[Any, memoryview], None]) -> None:
-        self._box = box
+    def __init__(self, itemsize: int) -> None:
         self._itemsize = itemsize
-        self._fill = fill
         self._lock = threading.Lock()
         self._torn: dict[int, tuple[bytearray, list[int]]] = {}
 
@@ -80,13 +72,11 @@ class BoxSink:
     def _take_whole(self, first: int, data: memoryview) -> None:
         if len(data) and memory.address_of(data) % self._itemsize:
             data = memoryview(bytearray(data))
-        self._take_aligned(first, data)
+        self._take(first, data)
 
-    def _take_aligned(self, first: int, data: memoryview) -> None:
-        for view in elements(self._box, first, first + len(data) // self._itemsize):
-            nbytes = math.prod(view.shape) * self._itemsize
-            self._fill(view, data[:nbytes])
-            data = data[nbytes:]
+    def _take(self, first: int, data: memoryview) -> None:
+        """Take some elements, of which the first is ``first``."""
+        raise NotImplementedError
 
     def _take_torn(self, offset: int, data: memoryview) -> None:
         """Part of an element whose rest is in another chunk. No file of ours has one: all elements are aligned."""
@@ -99,6 +89,27 @@ class BoxSink:
                 return
             del self._torn[index]
         self._take_whole(index, memoryview(element))
+
+
+class BoxSink(_ElementSink):
+    """Takes bytes into an array or tensor that does not lie in memory as its bytes do in the file.
+
+    Args:
+        box: what is filled.
+        itemsize: bytes of one saved element.
+        fill: puts the bytes of some elements into a view of the box; the bytes are aligned to elements.
+    """
+
+    def __init__(self, box: Any, itemsize: int, fill: Callable[[Any, memoryview], None]) -> None:
+        super().__init__(itemsize)
+        self._box = box
+        self._fill = fill
+
+    def _take(self, first: int, data: memoryview) -> None:
+        for view in elements(self._box, first, first + len(data) // self._itemsize):
+            nbytes = math.prod(view.shape) * self._itemsize
+            self._fill(view, data[:nbytes])
+            data = data[nbytes:]
 
 
 def array_region_sink(array: np.ndarray[Any, Any], shape: tuple[int, ...], offset: tuple[int, ...]) -> Sink:
@@ -170,7 +181,7 @@ def runs(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[
     yield from within(last, 0, stop - last * row)
 
 
-class RegionSink(BoxSink):
+class RegionSink(_ElementSink):
     """Takes the bytes of a box of which only a region is wanted: those from its first element to its last.
 
     Args:
@@ -191,7 +202,8 @@ class RegionSink(BoxSink):
         values: Callable[[memoryview, tuple[int, ...]], Any],
         copy: Callable[[Any, Any], None],
     ) -> None:
-        super().__init__(target, itemsize, lambda view, data: None)
+        super().__init__(itemsize)
+        self._target = target
         self._shape = shape
         self._offset = offset
         self._size = tuple(target.shape)
@@ -199,7 +211,7 @@ class RegionSink(BoxSink):
         self._values = values
         self._copy = copy
 
-    def _take_aligned(self, first: int, data: memoryview) -> None:
+    def _take(self, first: int, data: memoryview) -> None:
         first += self._first
         for at, shape in runs(self._shape, first, first + len(data) // self._itemsize):
             nbytes = math.prod(shape) * self._itemsize
@@ -207,7 +219,7 @@ class RegionSink(BoxSink):
             if wanted is not None:
                 low, size = wanted
                 source = box_of(self._values(data[:nbytes], shape), _from(low, at), size)
-                self._copy(box_of(self._box, _from(low, self._offset), size), source)
+                self._copy(box_of(self._target, _from(low, self._offset), size), source)
             data = data[nbytes:]
 
 

@@ -1,0 +1,346 @@
+"""Checkpoints that several ranks write: nothing is written twice, nothing is missing, and all or nothing is committed."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import holdfast
+from holdfast.distributed.group import Group
+from holdfast.distributed.saving import SharedSaves
+from holdfast.errors import RankError, RanksDifferError, RankTimeoutError
+from holdfast.part import About
+from holdfast.state.capture import CapturedEntry
+from holdfast.state.sharding import REPLICATED, Placement, Sharding
+from holdfast.storage.local import LocalPending, LocalStore
+
+Make = Callable[..., Any]
+WORLD = tuple(range(4))
+
+
+def sharded(shape: tuple[int, ...], dim: int = 0, ranks: tuple[int, ...] = WORLD) -> Sharding:
+    """Cut along one dimension over all ranks."""
+    return Sharding(shape, (len(ranks),), ranks, (Placement(dim),))
+
+
+def mesh(shape: tuple[int, ...], *placements: Placement) -> Sharding:
+    """Cut over a mesh of two by two."""
+    return Sharding(shape, (2, 2), WORLD, placements)
+
+
+SHARDINGS: dict[str, Callable[[tuple[int, ...]], Sharding | None]] = {
+    "whole": lambda shape: None,
+    "rows": sharded,
+    "columns": lambda shape: sharded(shape, 1),
+    "rows and columns": lambda shape: mesh(shape, Placement(0), Placement(1)),
+    "rows, twice": lambda shape: mesh(shape, REPLICATED, Placement(0)),
+    "columns, twice": lambda shape: mesh(shape, Placement(1), REPLICATED),
+    "rows of rows": lambda shape: mesh(shape, Placement(0), Placement(0)),
+    "strided rows": lambda shape: mesh(shape, Placement(0, 2), Placement(0)),
+}
+
+
+@pytest.fixture
+def save(ranks: Make, tmp_path: Path) -> Make:
+    """Saves what each rank captured, as all ranks together; returns what became of it on each."""
+
+    def all_save(capture: Callable[[int], Mapping[str, CapturedEntry]], size: int = 4, **options: Any) -> list[Any]:
+        def work(group: Group) -> Any:
+            saves = SharedSaves(group, range(size), LocalStore(tmp_path / "run"), {})
+            return saves.begin(lambda: capture(group.rank), About(step=3)).finish(["step-000000000003"])
+
+        return list(ranks(size, **options).run(work))
+
+    return all_save
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Callable[[], Any]:
+    """The checkpoint as any other process sees it, every byte of it verified."""
+
+    def look() -> Any:
+        checkpoint = holdfast.open(tmp_path / "run" / "step-000000000003")
+        checkpoint.verify()
+        return checkpoint
+
+    return look
+
+
+def values(shape: tuple[int, ...], first: int = 0) -> torch.Tensor:
+    """Different numbers."""
+    return torch.arange(first, first + torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 5), (2, 9), (1, 1), (0, 4)], ids=str)
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_whatever_way_it_is_cut(
+    save: Make, whole: Make, cut: Any, captured: Make, how: str, shape: tuple[int, ...]
+) -> None:
+    """It is read as the one tensor that it is; some cuts are not even, and some ranks hold nothing."""
+    tensors = {f"w{n}": cut(values(shape, n), SHARDINGS[how](shape)) for n in range(3)}
+    results = save(lambda rank: captured(tensors, rank))
+    assert [type(result).__name__ for result in results] == ["Checkpoint"] + ["function"] * 3, results
+    checkpoint = whole()
+    for name, tensor in tensors.items():
+        assert checkpoint.read(f"model/{name}").tolist() == tensor.whole.tolist()
+    stored = sum(file.bytes for name, file in checkpoint.files.items() if name.startswith("model"))
+    assert stored < 4096 * len(checkpoint.files) + 3 * 4 * torch.Size(shape).numel() + 1, "something is there twice"
+
+
+def test_all_ways_together(save: Make, whole: Make, cut: Any, captured: Make) -> None:
+    """One entry may hold tensors that are cut in different ways."""
+    tensors = {how: cut(values((9, 6), n), SHARDINGS[how]((9, 6))) for n, how in enumerate(SHARDINGS)}
+    save(lambda rank: captured(tensors, rank))
+    loaded = holdfast.load(whole().path)["model"]
+    assert {name: tensor.tolist() for name, tensor in loaded.items()} == {
+        name: tensor.whole.tolist() for name, tensor in tensors.items()
+    }
+
+
+def test_replicas_are_written_in_turn(save: Make, whole: Make, cut: Any, captured: Make) -> None:
+    """Where two ranks hold the same cell, each writes half of the tensors."""
+    tensors = {f"w{n}": cut(values((8, 8), n), SHARDINGS["rows, twice"]((8, 8))) for n in range(4)}
+    save(lambda rank: captured(tensors, rank))
+    sizes = {name: file.bytes for name, file in whole().files.items() if name.startswith("model")}
+    assert len(sizes) == 4
+    assert len(set(sizes.values())) == 1
+
+
+def test_a_replicated_entry_is_plain_safetensors(
+    save: Make, whole: Make, cut: Any, captured: Make, tmp_path: Path
+) -> None:
+    """One file, under parameter names, for any tool."""
+    tensors = {"fc.weight": cut(values((4, 4)), None), "fc.bias": cut(values((4,)), None)}
+    save(lambda rank: captured(tensors, rank))
+    whole()
+    with safe_open(tmp_path / "run" / "step-000000000003" / "model.safetensors", "pt") as file:
+        assert {name: file.get_tensor(name).tolist() for name in file.keys()} == {  # noqa: SIM118 - no mapping
+            name: tensor.whole.tolist() for name, tensor in tensors.items()
+        }
+
+
+def test_large_entries_are_spread_over_ranks(
+    save: Make, whole: Make, cut: Any, captured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole tensors in several files, with an index, none of them twice."""
+    monkeypatch.setattr("holdfast.distributed.planning.SPLIT_BYTES", 1000)
+    tensors = {f"w{n}": cut(values((10, 10), n), None) for n in range(8)}
+    save(lambda rank: captured(tensors, rank))
+    names = [name for name in whole().files if name.startswith("model")]
+    assert len(names) == 5
+    assert "model.safetensors.index.json" in names
+    assert whole().read("model/w7").tolist() == tensors["w7"].whole.tolist()
+
+
+def test_plain_values_that_differ(save: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """All ranks say which key is different on which of them, and nothing is written."""
+    tensors = {"w": cut(values((2, 2)), None)}
+    trees = {"w": {"$tensor": "w"}, "lr": 0.1, "name": "a"}
+    results = save(lambda rank: captured(tensors, rank, {**trees, "lr": 0.2 if rank in (1, 3) else 0.1}))
+    assert [type(result) for result in results] == [RanksDifferError] * 4
+    assert "model.lr: ranks 0, 2: 0.1; ranks 1, 3: 0.2" in str(results[0])
+    assert results[2].ranks == (1, 3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_whole_tensors_that_differ(save: Make, cut: Any, captured: Make) -> None:
+    """A replica that went its own way is no replica."""
+    results = save(lambda rank: captured({"w": cut(values((2, 2), rank == 2), None)}, rank))
+    assert [type(result) for result in results] == [RanksDifferError] * 4
+    assert "model/w: ranks 0, 1, 3: float32 [2, 2]" in str(results[0])
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_replicas_at_later_saves(ranks: Make, cut: Any, captured: Make, tmp_path: Path, large: bool) -> None:
+    """Small ones are compared at each save; all of them only at the first, for that takes time."""
+    shape = (200, 200) if large else (2, 2)
+
+    def work(group: Group) -> Any:
+        saves = SharedSaves(group, range(2), LocalStore(tmp_path / "run"), {})
+        for step in (1, 2):
+            tensors = {"w": cut(values(shape, group.rank if step == 2 else 0), None)}
+            save = saves.begin(lambda tensors=tensors: captured(tensors, group.rank), About(step=step))
+            save.finish([f"step-{step:012d}"])
+        return "saved"
+
+    results = ranks(2).run(work)
+    assert all((result == "saved") is large for result in results), results
+
+
+def test_tensors_that_one_rank_has_not(save: Make, cut: Any, captured: Make) -> None:
+    """The names are told."""
+    results = save(
+        lambda rank: captured({f"w{n}": cut(values((2, 2)), None) for n in range(2 if rank == 1 else 3)}, rank)
+    )
+    assert [type(result) for result in results] == [RanksDifferError] * 4
+    assert "model.w2" in str(results[0])
+    assert "rank 1: missing" in str(results[0])
+
+
+def test_entries_that_one_rank_has_not(save: Make, cut: Any, captured: Make) -> None:
+    """Likewise."""
+
+    def capture(rank: int) -> Any:
+        entries = captured({"w": cut(values((2, 2)), None)}, rank)
+        return entries if rank else {**entries, "more": CapturedEntry(1, {}, {})}
+
+    results = save(capture)
+    assert [type(result) for result in results] == [RanksDifferError] * 4
+    assert "more are not in the state of all" in str(results[0])
+
+
+def test_a_capture_that_fails(save: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """One rank's state cannot be saved: all raise, and nothing is written."""
+
+    def capture(rank: int) -> Any:
+        if rank == 3:
+            raise TypeError("model.hook: a function cannot be saved")
+        return captured({"w": cut(values((2, 2)), None)}, rank)
+
+    results = save(capture)
+    assert [type(result) for result in results] == [RankError] * 4
+    assert "rank 3: TypeError: model.hook: a function cannot be saved" in str(results[1])
+    assert not (tmp_path / "run").exists()
+
+
+def litter(run: Path) -> Iterator[str]:
+    """What is in a run beside checkpoints."""
+    return (path.name for path in run.iterdir() if not path.name.startswith("step-"))
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_write_that_fails(
+    save: Make, cut: Any, captured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """The disk of one rank is full: all raise one error that names it, and nothing is left."""
+    original = LocalPending.write_files
+
+    def write(pending: LocalPending, images: Mapping[str, Any]) -> Any:
+        if any(name.startswith(f"_ranks-{failing + 1:05d}") for name in images):
+            with holdfast.errors.storage_errors("cannot write", "there"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return original(pending, images)
+
+    monkeypatch.setattr(LocalPending, "write_files", write)
+    results = save(lambda rank: captured({"w": cut(values((8, 2)), sharded((8, 2)))}, rank))
+    assert [type(result) for result in results] == [RankError] * 4, results
+    assert {result.ranks for result in results} == {(failing,)}
+    assert all(f"rank {failing}: DiskFullError: cannot write there: No space left" in str(error) for error in results)
+    assert list(litter(tmp_path / "run")) == []
+    assert holdfast.Run(tmp_path / "run").latest() is None
+
+
+def test_a_commit_that_fails(
+    save: Make, cut: Any, captured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All have written, and the coordinator cannot commit: all raise that."""
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("holdfast.storage.durable.publish", fail)
+    results = save(lambda rank: captured({"w": cut(values((8, 2)), sharded((8, 2)))}, rank))
+    assert [type(result) for result in results] == [RankError] * 4
+    assert all("rank 0: StorageError: cannot commit" in str(error) for error in results)
+    assert list(litter(tmp_path / "run")) == []
+
+
+def test_one_that_dies_in_its_part(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """It never reports: all others say so when their time is over, and nothing is committed."""
+
+    def work(group: Group) -> Any:
+        saves = SharedSaves(group, range(4), LocalStore(tmp_path / "run"), {})
+        tensors = {"w": cut(values((8, 2)), sharded((8, 2)))}
+        save = saves.begin(lambda: captured(tensors, group.rank), About(step=3))
+        return None if group.rank == 2 else save.finish(["step-000000000003"])
+
+    results = ranks(4, timeout_s=0.5).run(work)
+    assert [type(results[rank]) for rank in (0, 1, 3)] == [RankTimeoutError] * 3
+    assert {results[rank].ranks for rank in (0, 1, 3)} == {(2,)}
+    assert holdfast.Run(tmp_path / "run").names() == []
+
+
+def test_the_coordinator_dies_in_its_part(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """Nobody is there to commit: the others give up, and what is left is litter that the next start removes."""
+
+    def work(group: Group) -> Any:
+        saves = SharedSaves(group, range(3), LocalStore(tmp_path / "run"), {})
+        tensors = {"w": cut(values((8, 2)), sharded((8, 2), ranks=(0, 1, 2)))}
+        save = saves.begin(lambda: captured(tensors, group.rank), About(step=3))
+        return save if group.rank == 0 else save.finish(["step-000000000003"])
+
+    results = ranks(3, timeout_s=0.3).run(work)
+    assert [(type(result), result.ranks) for result in results[1:]] == [(RankTimeoutError, (0,))] * 2
+    assert holdfast.Run(tmp_path / "run").names() == []
+    results[0]._part.pending._directory.close()  # its lock goes with the process
+    assert LocalStore(tmp_path / "run").clean()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_whoever_gave_up_stops_the_commit(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """A rank that told its training that the save failed must not find it there later."""
+
+    def work(group: Group) -> Any:
+        saves = SharedSaves(group, range(2), LocalStore(tmp_path / "run"), {})
+        save = saves.begin(lambda: captured({"w": cut(values((2, 2)), None)}, group.rank), About(step=3))
+        group.agree("both have begun")
+        if group.rank == 1:
+            group.mailbox().settle("save/1/verdict", "given up")
+            group.agree("given up")
+        else:
+            group.agree("given up")
+        return save.finish(["step-000000000003"])
+
+    results = ranks(2).run(work)
+    assert [type(result) for result in results] == [RankTimeoutError] * 2, results
+    assert "gave up waiting" in str(results[0])
+    assert holdfast.Run(tmp_path / "run").names() == []
+
+
+def test_a_directory_that_is_not_shared(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """One that writes somewhere else says so, and all raise it."""
+
+    def work(group: Group) -> Any:
+        store = LocalStore(tmp_path / f"disk of {group.rank}")
+        if group.rank:
+            (tmp_path / f"disk of {group.rank}").mkdir()
+        saves = SharedSaves(group, range(2), store, {})
+        save = saves.begin(lambda: captured({"w": cut(values((2, 2)), None)}, group.rank), About(step=3))
+        return save.finish(["step-000000000003"])
+
+    results = ranks(2, timeout_s=0.4).run(work)
+    assert [isinstance(result, RankError) for result in results] == [True] * 2, results
+    assert "one directory of a file system that they share" in str(results[1])
+
+
+def test_frozen_tensors_are_linked(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """What has not changed is not written again, by any rank."""
+    import msgspec
+
+    def frozen(entries: Any) -> Any:
+        tensors = entries["model"].tensors
+        tensors["w"] = msgspec.structs.replace(tensors["w"], frozen=True)
+        return entries
+
+    def work(group: Group) -> Any:
+        saves = SharedSaves(group, range(2), LocalStore(tmp_path / "run"), {})
+        linked = []
+        for step in (1, 2, 3):
+            weights = values((1024, 512), 1 if step == 3 else 0)
+            tensors = {"w": cut(weights, sharded((1024, 512), ranks=(0, 1))), "b": cut(values((3,), step), None)}
+            save = saves.begin(lambda tensors=tensors: frozen(captured(tensors, group.rank)), About(step=step))
+            save.finish([f"step-{step:012d}"])
+            linked.append(save.costs.bytes_linked > 2**20)
+        return linked
+
+    assert ranks(2).run(work) == [[False, True, False]] * 2
+    run = holdfast.Run(tmp_path / "run")
+    assert [checkpoint.read("model/w")[0, 0] for checkpoint in run] == [0, 0, 1]
+    for checkpoint in run:
+        checkpoint.verify()

@@ -163,6 +163,7 @@ class _Sharing:
     _owners: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _chosen: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     _known: dict[tuple[bool, int], bool] = field(default_factory=dict)
+    _ways: dict[int, tuple[tuple[int, ...] | None, tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
     _still: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -196,13 +197,14 @@ class _Sharing:
         for name, owners in self._owners.items():
             tensor = self.content.tensors[name]
             assert tensor.sharding is not None
-            assert tensor.sharding.cells is not None
+            cell, _ = self._way(tensor.sharding)
+            assert cell is not None
             still = name in self._still
             key = keys.get((still, owners))
             if key is None:
                 key = keys[still, owners] = f"{self.entry}-{len(keys) + 1}"
                 layouts[key] = tuple(self.cells[still, owner].name for owner in owners)
-            records[name] = msgspec.structs.replace(_record(tensor), cell=tensor.sharding.cells, layout=key)
+            records[name] = msgspec.structs.replace(_record(tensor), cell=cell, layout=key)
         return records
 
     def loose_pieces(self) -> dict[str, Loose]:
@@ -237,11 +239,11 @@ class _Sharing:
 
     def _share_cut(self, name: str, number: int, sharding: Sharding) -> None:
         """Each cell is written by one of those that have it, in turn."""
-        if sharding.cells is None:
+        cell, owners = self._way(sharding)
+        if cell is None:
             self.loose[name] = _boxes(sharding, number, self.places)
             writers = tuple(writer for writer, _, _ in self.loose[name])
         else:
-            owners = sharding.owners()
             key = (id(owners), number % len(owners[0]))
             if key not in self._chosen:
                 self._chosen[key] = tuple(self.places[holders[number % len(holders)]] for holders in owners)
@@ -253,6 +255,14 @@ class _Sharing:
                 self.cells.setdefault((still, writer), _File(writer, set(), still))
         if self._known[still, id(writers)]:
             self.cells[still, self.rank].tensors.add(name)
+
+    def _way(self, sharding: Sharding) -> tuple[tuple[int, ...] | None, tuple[tuple[int, ...], ...]]:
+        """The shape of a cell, None where they are not alike, and who holds each; many tensors are cut in one way."""
+        way = self._ways.get(id(sharding))
+        if way is None:
+            cell = sharding.cells
+            way = self._ways[id(sharding)] = cell, () if cell is None else sharding.owners()
+        return way
 
     def _give_names(self) -> None:
         files = [*self.whole, *(self.cells[key] for key in sorted(self.cells, key=lambda key: (not key[0], key[1])))]

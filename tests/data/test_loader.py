@@ -262,3 +262,10 @@ def test_samples_are_what_plain_pytorch_collates() -> None:
     assert str(list(ResumableDataLoader(samples, 2))) == str(list(DataLoader(samples, 2)))
     assert str(list(ResumableDataLoader(samples, None))) == str(list(DataLoader(samples, None)))
     assert list(ResumableDataLoader([], 2)) == []
+
+
+def test_whether_ranks_share_its_state() -> None:
+    """Where they deal out the samples of one order; not where each has data of its own."""
+    assert ResumableDataLoader(range(8), seed=1, rank=1, world_size=2).shared
+    assert not ResumableDataLoader(range(8), seed=1).shared
+    assert not ResumableDataLoader(range(8), sampler=[1, 2]).shared

@@ -363,3 +363,36 @@ def test_a_restore_takes_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(live), "step", lambda *_: pytest.fail("took a step"))
     holdfast.restore(tmp_path / "x", {"model": other, "optimizer": live})
     assert all(parameter.grad is None for parameter in other.parameters())
+
+
+def bare(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Save an optimizer's state by the names within its module, as torch's get_optimizer_state_dict gives it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    packed = optimizer.state_dict()
+    groups = [{**group, "params": [*names.values()]} for group in packed["param_groups"]]
+    state = {name: dict(optimizer.state[parameter]) for parameter, name in names.items()}
+    holdfast.save(path, {"model": model, "optimizer": {"state": state, "param_groups": groups}})
+    return state
+
+
+def test_names_within_the_module(tmp_path: Path) -> None:
+    """They are understood where nothing else has them."""
+    model, optimizer = made("AdamW", 0)
+    train(model, optimizer, 2)
+    state = bare(tmp_path / "x", model, optimizer)
+    other, live = made("AdamW", 1)
+    report = holdfast.restore(tmp_path / "x", {"model": other, "optimizer": live})
+    assert (report.fresh, report.dropped) == ((), ())
+    for name, parameter in other.named_parameters():
+        assert torch.equal(live.state[parameter]["exp_avg"], state[name]["exp_avg"])
+
+
+def test_names_within_two_modules_are_not_guessed(tmp_path: Path) -> None:
+    """One name for two parameters of an optimizer says nothing."""
+    model, optimizer = made("AdamW", 0)
+    train(model, optimizer, 2)
+    bare(tmp_path / "x", model, optimizer)
+    one, other = Net(), Net()
+    live = torch.optim.AdamW([*one.parameters(), *other.parameters()])
+    with pytest.raises(StateMismatchError, match="not one name"):
+        holdfast.restore(tmp_path / "x", {"model": one, "other": other, "optimizer": live}, strict=False)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import holdfast
@@ -81,6 +83,10 @@ WRAPPERS: dict[str, Callable[[], Any]] = {
     "DataParallel": lambda: DataParallel(Net()),
     "compiled part": lambda: Net(compiled),
     "activation checkpointing": lambda: Net(checkpoint_wrapper),
+    "FSDP2": lambda: fully_shard(Net(), mesh=init_device_mesh("cpu", (1,))),
+    "FSDP2 of a part": lambda: fully_shard(
+        Net(lambda part: fully_shard(part, mesh=init_device_mesh("cpu", (1,)))), mesh=init_device_mesh("cpu", (1,))
+    ),
 }
 
 

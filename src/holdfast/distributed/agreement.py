@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import xxhash
 
+from holdfast.distributed.cuts import Way
 from holdfast.errors import RanksDifferError
 from holdfast.format.records import CHUNK_BYTES
 from holdfast.format.strict_json import cut
@@ -28,20 +29,28 @@ class Description(msgspec.Struct, frozen=True):
     Attributes:
         structure: of names, shapes and the way in which tensors are cut.
         entries: by entry, of its plain values, and of tensors that each process holds whole.
+        ways: how this process knows tensors to be cut, where that is not as it was at the last save.
     """
 
     structure: str
     entries: dict[str, str]
+    ways: tuple[Way, ...] | None = None
 
 
 def describe(
-    captured: Mapping[str, CapturedEntry], structure: str, exempt: Mapping[str, frozenset[str]], *, thorough: bool
+    captured: Mapping[str, CapturedEntry],
+    structure: str,
+    ways: Sequence[Way] | None,
+    exempt: Mapping[str, frozenset[str]],
+    *,
+    thorough: bool,
 ) -> Description:
     """Describe a captured state. Blocks while tensors are read.
 
     Args:
         captured: without what is kept for each process.
         structure: the checksum of its structure.
+        ways: how tensors are cut, where the others do not know yet.
         exempt: by entry, tensors that may differ, since what rank 0 has counts.
         thorough: compare all tensors that each process holds whole; else only small ones in the CPU's memory.
     """
@@ -52,7 +61,7 @@ def describe(
         for name, tensor in chosen.items():
             hashed.update(name.encode() + digest_of_tensor(tensor, content).encode())
         entries[entry] = hashed.hexdigest()
-    return Description(structure, entries)
+    return Description(structure, entries, None if ways is None else tuple(ways))
 
 
 def compare(descriptions: Sequence[Description]) -> list[str]:
@@ -141,7 +150,9 @@ def _compared(content: CapturedEntry, exempt: frozenset[str], *, thorough: bool)
 
 
 def _form(tensor: CapturedTensor) -> str:
-    held = "whole" if tensor.sharding is None else f"cut as {tensor.sharding.placements} over {tensor.sharding.ranks}"
+    held = (
+        "whole" if tensor.sharding is None else f"cut by {tensor.sharding.placements} in {tensor.sharding.mesh_shape}"
+    )
     frozen = ", frozen" if tensor.frozen else ""
     return cut(f"{tensor.dtype} {list(tensor.shape)} {tensor.memory_format}{frozen}, {held}")
 

@@ -1,7 +1,7 @@
 """Which process writes what. Each computes the plan of all, from what it knows of its own tensors.
 
-Nothing is exchanged for it but a checksum: processes of one training hold tensors of the same names and shapes, and how
-a tensor is cut over them is known to each. So a plan takes time by tensors and by processes, not by their product.
+Little is exchanged for it: processes of one training hold tensors of the same names and shapes, and how a tensor is cut
+over them is known to each. So a plan takes time by tensors and by processes, not by their product.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-import xxhash
 
+from holdfast.distributed.cuts import Cuts
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import data_file_name, index_name, shard_name
 from holdfast.format.records import Piece, TensorRecord
@@ -60,55 +60,18 @@ class Loose:
         return msgspec.structs.replace(self.record, pieces=tuple(pieces))
 
 
-def structure_of(captured: Mapping[str, CapturedEntry]) -> list[object]:
-    """Everything that the plan depends on, which has to be the same on all processes."""
-    cuts = _Numbered()
-    return [
-        (
-            entry,
-            [
-                (item.name, item.shape, item.dtype, item.memory_format, item.frozen, cuts.number(item.sharding))
-                for item in content.tensors.values()
-            ],
-            content.aliases,
-        )
-        for entry, content in captured.items()
-    ] + [cuts.known]
-
-
-class _Numbered:
-    """Ways to cut tensors, each with a number: of 20,000 tensors most are cut in one of a few."""
-
-    def __init__(self) -> None:
-        self.known: list[tuple[object, ...]] = []
-        self._numbers: dict[tuple[object, ...], int] = {}
-
-    def number(self, sharding: Sharding | None) -> int | None:
-        """The number of the way in which a tensor is cut."""
-        if sharding is None:
-            return None
-        # The tuples of ranks may be long. There are few of them, and tensors share them.
-        seen = (sharding.mesh_shape, id(sharding.ranks), sharding.placements)
-        if seen not in self._numbers:
-            way = (sharding.mesh_shape, sharding.ranks, sharding.placements)
-            if way not in self.known:
-                self.known.append(way)
-            self._numbers[seen] = self.known.index(way)
-        return self._numbers[seen]
-
-
-def digest_of(structure: Sequence[object]) -> str:
-    """A checksum of a structure, the same in all processes where it is the same."""
-    return xxhash.xxh3_128_hexdigest(repr(structure).encode())
-
-
 def plan_files(
-    captured: Mapping[str, CapturedEntry], rank: int, members: Sequence[int], first: Mapping[str, Collection[str]]
+    captured: Mapping[str, CapturedEntry],
+    cuts: Cuts,
+    rank: int,
+    members: Sequence[int],
+    first: Mapping[str, Collection[str]],
 ) -> SharedPlan:
     """Share out the tensors of a state.
 
     Args:
         captured: the state, as this process sees it.
+        cuts: who holds what of its tensors.
         rank: of this process, in the group.
         members: by rank in the group, the rank that meshes of DTensors know a process by.
         first: by entry, names of tensors that rank 0 has to write, for what it has is what counts.
@@ -121,7 +84,7 @@ def plan_files(
     layouts: dict[str, tuple[str, ...]] = {}
     loose: dict[str, dict[str, Loose]] = {}
     for entry, content in captured.items():
-        sharing = _Sharing(entry, content, rank, places, load, first.get(entry, ()))
+        sharing = _Sharing(entry, content, cuts, rank, places, load, first.get(entry, ()))
         whole = {file.name: layout_of(content, file.tensors, file.still) for file in sharing.whole}
         records[entry] = {**records_of(content, whole), **sharing.cut_records(layouts)}
         if sharing.loose:
@@ -153,6 +116,7 @@ class _Sharing:
 
     entry: str
     content: CapturedEntry
+    cuts: Cuts
     rank: int
     places: Mapping[int, int]
     load: list[int]
@@ -163,7 +127,6 @@ class _Sharing:
     _owners: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _chosen: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     _known: dict[tuple[bool, int], bool] = field(default_factory=dict)
-    _ways: dict[int, tuple[tuple[int, ...] | None, tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
     _still: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -197,7 +160,7 @@ class _Sharing:
         for name, owners in self._owners.items():
             tensor = self.content.tensors[name]
             assert tensor.sharding is not None
-            cell, _ = self._way(tensor.sharding)
+            cell, _ = self.cuts.cells(tensor.sharding)
             assert cell is not None
             still = name in self._still
             key = keys.get((still, owners))
@@ -239,9 +202,12 @@ class _Sharing:
 
     def _share_cut(self, name: str, number: int, sharding: Sharding) -> None:
         """Each cell is written by one of those that have it, in turn."""
-        cell, owners = self._way(sharding)
+        cell, owners = self.cuts.cells(sharding)
         if cell is None:
-            self.loose[name] = _boxes(sharding, number, self.places)
+            self.loose[name] = [
+                (self.places[ranks[number % len(ranks)]], offset, shape)
+                for (offset, shape), ranks in self.cuts.boxes(sharding).items()
+            ]
             writers = tuple(writer for writer, _, _ in self.loose[name])
         else:
             key = (id(owners), number % len(owners[0]))
@@ -256,14 +222,6 @@ class _Sharing:
         if self._known[still, id(writers)]:
             self.cells[still, self.rank].tensors.add(name)
 
-    def _way(self, sharding: Sharding) -> tuple[tuple[int, ...] | None, tuple[tuple[int, ...], ...]]:
-        """The shape of a cell, None where they are not alike, and who holds each; many tensors are cut in one way."""
-        way = self._ways.get(id(sharding))
-        if way is None:
-            cell = sharding.cells
-            way = self._ways[id(sharding)] = cell, () if cell is None else sharding.owners()
-        return way
-
     def _give_names(self) -> None:
         files = [*self.whole, *(self.cells[key] for key in sorted(self.cells, key=lambda key: (not key[0], key[1])))]
         for number, file in enumerate(files, 1):
@@ -277,18 +235,6 @@ def _is_whole(tensor: CapturedTensor) -> bool:
 
 def _nbytes(tensors: Iterable[CapturedTensor]) -> int:
     return sum(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in tensors)
-
-
-def _boxes(
-    sharding: Sharding, number: int, places: Mapping[int, int]
-) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """Writer, offset and shape of each piece."""
-    holders: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-    for rank in sorted(sharding.ranks):
-        box = sharding.box(rank)
-        if box is not None and 0 not in box[1]:
-            holders.setdefault(box, []).append(rank)
-    return [(places[ranks[number % len(ranks)]], offset, shape) for (offset, shape), ranks in holders.items()]
 
 
 def _record(tensor: CapturedTensor) -> TensorRecord:

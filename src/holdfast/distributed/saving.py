@@ -18,9 +18,10 @@ import msgspec
 
 from holdfast.checkpoint import Checkpoint, open, reopen_checkpoint  # noqa: A004 - the public name
 from holdfast.distributed.agreement import Description, compare, describe, in_detail, refuse_differences
+from holdfast.distributed.cuts import Cuts, Structure, Way
 from holdfast.distributed.group import Group, again
 from holdfast.distributed.messages import Failure, Mailbox, rank_error
-from holdfast.distributed.planning import SharedPlan, digest_of, plan_files, structure_of
+from holdfast.distributed.planning import SharedPlan, plan_files
 from holdfast.distributed.replicas import authoritative
 from holdfast.errors import CheckpointNotFoundError, HoldfastError, RankError, RankTimeoutError
 from holdfast.format import manifest as manifests
@@ -43,11 +44,21 @@ _COMMIT, _GIVEN_UP = "commit", "given up"
 
 
 class _Begun(msgspec.Struct, frozen=True):
-    """What the coordinator made: the directory, and the name of the checkpoint to be; or entries to be compared."""
+    """What the coordinator made, and what all have to know.
+
+    Attributes:
+        directory: where to write.
+        checkpoint_id: of the checkpoint to be.
+        created_at: likewise.
+        ways: the ways in which processes know tensors to be cut, each different list once; None where they are as
+            they were at the last save.
+        differing: entries that differ, and have to be compared; nothing was made.
+    """
 
     directory: str = ""
     checkpoint_id: str = ""
     created_at: str = ""
+    ways: tuple[tuple[Way, ...], ...] | None = None
     differing: tuple[str, ...] = ()
 
 
@@ -106,8 +117,9 @@ class SharedSaves:
         self._state = state
         self._share_unchanged = share_unchanged
         self._number = 0
-        self._structure: list[object] = []
+        self._structure: Structure | None = None
         self._digest = ""
+        self._ways: dict[int, tuple[Way, ...]] = {}  # by rank, for the coordinator
         self._plan: SharedPlan | None = None
         self._compared = False
         self._linkable: dict[str, Source] = {}
@@ -129,20 +141,21 @@ class SharedSaves:
         try:
             captured = fold(capture(), per_rank_entries(self._state), self.group.rank, self.group.size)
             common = {entry: content for entry, content in captured.items() if entry != RANKS_ENTRY}
-            self._look_at(common)
-            description = describe(common, self._digest, self.exempt, thorough=not self._compared)
+            ways = self._look_at(common)
+            description = describe(common, self._digest, ways, self.exempt, thorough=not self._compared)
         except Exception as error:  # noqa: BLE001 - all raise it
             failure = error
         what = f"saving step {about.step}"
         pending: list[PendingCheckpoint] = []
 
         def decide(said: list[Any]) -> _Begun:
-            differing = compare([msgspec.convert(other, Description) for other in said])
+            descriptions = [msgspec.convert(other, Description) for other in said]
+            differing = compare(descriptions)
             if differing:
                 return _Begun(differing=tuple(differing))
             pending.append(self.store.create(about.step))
             identity = Identity()
-            return _Begun(pending[0].name, identity.checkpoint_id, identity.created_at)
+            return _Begun(pending[0].name, identity.checkpoint_id, identity.created_at, self._all_ways(descriptions))
 
         begun = msgspec.convert(
             msgspec.to_builtins(self.group.agree(what, description, decide, failure=failure)), _Begun
@@ -154,16 +167,35 @@ class SharedSaves:
         if self.group.is_coordinator and self._number > 1:  # nobody is at the save before any more
             last = self._number - 1
             self.group.forget([f"save/{last}/{key}" for key in (*range(self.group.size), "verdict", "outcome")])
-        assert self._plan is not None
         identity = Identity(begun.checkpoint_id, begun.created_at)
-        return SharedSave(self, self._number, about, identity, captured, self._plan, begun.directory, pending)
+        save = SharedSave(self, self._number, about, identity, captured)
+        save.take_part(lambda: self._planned(common, begun.ways), begun.directory, pending)
+        return save
 
-    def _look_at(self, common: Mapping[str, CapturedEntry]) -> None:
-        structure = structure_of(common)
-        if self._plan is None or structure != self._structure:
-            self._plan = plan_files(common, self.group.rank, self.members, self.exempt)
-            self._structure = structure
-            self._digest = digest_of(structure)
+    def _planned(self, common: Mapping[str, CapturedEntry], ways: Sequence[Sequence[Way]] | None) -> SharedPlan:
+        if ways is not None:
+            assert self._structure is not None
+            cuts = Cuts(self._structure, ways)
+            self._plan = plan_files(common, cuts, self.group.rank, self.members, self.exempt)
+        assert self._plan is not None
+        return self._plan
+
+    def _look_at(self, common: Mapping[str, CapturedEntry]) -> list[Way] | None:
+        """Learn what there is to save: the ways in which it is cut, where that or anything about it has changed."""
+        structure = Structure(common)
+        if structure == self._structure and self._plan is not None:
+            return None
+        self._structure, self._plan = structure, None
+        self._digest = structure.digest()
+        return structure.ways
+
+    def _all_ways(self, descriptions: Sequence[Description]) -> tuple[tuple[Way, ...], ...] | None:
+        """For the coordinator: the ways of all, where one has others than at the last save."""
+        told = {rank: other.ways for rank, other in enumerate(descriptions) if other.ways is not None}
+        if not told:
+            return None
+        self._ways.update(told)
+        return tuple(dict.fromkeys(self._ways[rank] for rank in sorted(self._ways)))
 
     def sources(self, plan: Plan) -> dict[str, Source]:
         """By name, the file of the checkpoint before that a file with frozen tensors may be linked to."""
@@ -192,9 +224,6 @@ class SharedSave:
         about: About,
         identity: Identity,
         captured: Mapping[str, CapturedEntry],
-        plan: SharedPlan,
-        directory: str,
-        pending: Sequence[PendingCheckpoint],
     ) -> None:
         self.costs = Costs()
         self._saves = saves
@@ -202,21 +231,36 @@ class SharedSave:
         self._number = number
         self._about = about
         self._identity = identity
-        self._plan = plan
+        self._captured = captured
+        self._contents = Contents.of({entry: content for entry, content in captured.items() if entry != RANKS_ENTRY})
+        self._own = captured[RANKS_ENTRY]
+        self._own_records: dict[str, TensorRecord] = {}
         self._part: Part | None = None
         self._failure: Exception | None = None
         self._what = f"saving step {about.step}"
-        self._contents = Contents.of({entry: content for entry, content in captured.items() if entry != RANKS_ENTRY})
-        self._own = captured[RANKS_ENTRY]
-        own = _own_file(self._own, self._group.rank, self._group.size)
-        self._own_records = records_of(self._own, {own.name: own.layout})
-        self._mine = mine = Plan((*plan.mine.files, own), plan.mine.indexes, {})
+
+    def take_part(self, plan: Callable[[], SharedPlan], directory: str, pending: Sequence[PendingCheckpoint]) -> None:
+        """Prepare what this process writes. What fails in it is raised by all, when the save has ended.
+
+        Args:
+            plan: makes the plan.
+            directory: where to write, made by the coordinator.
+            pending: on the coordinator, what it made.
+        """
         try:
             place = pending[0] if pending else self._joined(directory)
-            self._part = Part(place, mine, self._unchanged(mine, captured), captured, identity.checkpoint_id)
+            self._plan = plan()
+            own = _own_file(self._own, self._group.rank, self._group.size)
+            self._own_records = records_of(self._own, {own.name: own.layout})
+            self._mine = Plan((*self._plan.mine.files, own), self._plan.mine.indexes, {})
+            sources = self._unchanged(self._mine, self._captured)
+            self._part = Part(place, self._mine, sources, self._captured, self._identity.checkpoint_id)
             self.costs = self._part.costs
         except Exception as error:  # noqa: BLE001 - reported, and raised by all
             self._failure = error
+            if pending:
+                pending[0].abort()
+        self._captured = {}
 
     def stage(self, arena: Arena, late: Container[int] = ()) -> Staging:
         """See :meth:`holdfast.part.Part.stage`."""

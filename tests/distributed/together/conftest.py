@@ -1,4 +1,4 @@
-"""Processes of a training as threads of one process, over a store that lies in memory: fast, and any of them can fail."""
+"""Processes of a training as threads of one, over a store that lies in memory: fast, and any of them can fail."""
 
 from __future__ import annotations
 

@@ -140,5 +140,5 @@ class Gone:
 
 def test_the_store_is_gone() -> None:
     """It is an error of ours, which says what that means."""
-    with pytest.raises(RankError, match="the store of the process group does not answer.*Connection reset by peer$"):
+    with pytest.raises(RankError, match=r"the store of the process group does not answer.*Connection reset by peer$"):
         Group(Gone, 1, 2, 5).agree("stepping")

@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write: nothing is written twice, nothing is missing, and all or nothing is committed."""
+"""Checkpoints that several ranks write: nothing twice, nothing missing, and all or nothing is committed."""
 
 from __future__ import annotations
 

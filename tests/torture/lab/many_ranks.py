@@ -107,7 +107,9 @@ class _Others:
             return
         self._costs.sent_bytes += len(value)
         for other in range(1, self._ranks):
-            self._store.set(f"{begin}/{other}", _as_of(value, other, self._ranks) if begin.startswith("save") else value)
+            self._store.set(
+                f"{begin}/{other}", _as_of(value, other, self._ranks) if begin.startswith("save") else value
+            )
 
 
 def _as_of(report: bytes, rank: int, ranks: int) -> bytes:
@@ -149,7 +151,9 @@ def state_of(ranks: int, tensors: int, rank: int = 0) -> dict[str, CapturedEntry
         slots[f"model.{name}"] = {}
         for slot in ("step", "exp_avg", "exp_avg_sq"):
             key = f"state.model.{name}.{slot}"
-            moments[key] = _cut(key, () if slot == "step" else shape, None if slot == "step" else shardings[shape], rank)
+            moments[key] = _cut(
+                key, () if slot == "step" else shape, None if slot == "step" else shardings[shape], rank
+            )
             slots[f"model.{name}"][slot] = {"$tensor": key}
     groups = [{"lr": 1e-3, "betas": {"$tuple": [0.9, 0.95]}, "params": list(slots)}]
     return {

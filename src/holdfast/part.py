@@ -203,7 +203,7 @@ class Contents:
             tensors=tensors,
             aliases=self.aliases,
             files=files,
-            environment=_environment(world_size),
+            environment=environment_of(world_size),
             layouts=layouts or {},
         )
 
@@ -236,7 +236,7 @@ def refuse_parts(captured: Mapping[str, CapturedEntry]) -> None:
                 )
 
 
-def _environment(world_size: int) -> dict[str, Any]:
+def environment_of(world_size: int) -> dict[str, Any]:
     """Versions, and nothing that could tell on the user: no arguments, variables, paths or host names."""
     return {
         "holdfast": __version__,

@@ -64,11 +64,11 @@ def save(
         )
     about = About(step, epoch, encode_metrics(metrics))
     directory, name = os.path.split(absolute)
-    _check_name(name, step)
+    check_name(name, step)
     return write(LocalStore(directory), capture(state), about, [name])
 
 
-def _check_name(name: str, step: int) -> None:
+def check_name(name: str, step: int) -> None:
     """Refuse the name that a run gives to another step: what is saved there could not be opened."""
     named = CheckpointName.parse(name)
     if named is not None and named.step != step:

@@ -124,8 +124,9 @@ def test_few_files_and_few_parts_at_a_time(
         (tmp_path / "out").unlink()
 
 
-def test_nothing_is_overwritten(sharded_checkpoint: Any, tmp_path: Path) -> None:
-    """Whatever is there stays: a file, a directory, a link to nothing."""
+def test_nothing_is_overwritten(sharded_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is there stays: a file, a directory, a link to nothing. It is said before anything is written."""
+    monkeypatch.setattr(durable, "create_file", None)
     out = tmp_path / "out"
     out.mkdir()
     (out / "file").write_text("mine")

@@ -258,7 +258,11 @@ def seeds(target: str) -> list[bytes]:
     """Inputs to begin with: valid ones."""
     inner = msgspec.json.encode(good_manifest())
     if target == "manifest":
-        return [b"\0" + inner, b"\xff" + envelope.seal("manifest", inner)]
+        cut = good_manifest()
+        cut["tensors"]["model"]["c"] = {"dtype": "int8", "shape": [3], "cell": [2], "layout": "l"}
+        cut["files"]["model-00002-of-00002.safetensors"] = {"bytes": 4096, "chunk_bytes": 4096, "xxh3_128": [SUM]}
+        cut["layouts"] = {"l": ["model.safetensors", "model-00002-of-00002.safetensors"]}
+        return [b"\0" + inner, b"\xff" + envelope.seal("manifest", inner), b"\0" + msgspec.json.encode(cut)]
     if target == "tree":
         return [msgspec.json.encode(node) for node in GOOD_TREES]
     if target == "header":

@@ -6,6 +6,7 @@ cost beside writing. It says nothing of networks and disks.
 
 from __future__ import annotations
 
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,6 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from holdfast.checkpoint import Checkpoint
 from holdfast.collector import collector_paused
 from holdfast.distributed import saving
 from holdfast.distributed.group import Group
@@ -99,7 +99,7 @@ class _Others:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def set(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: Any) -> None:
         """What rank 0 sends, all send; of files each has its own."""
         self._store.set(key, value)
         begin, _, rank = key.rpartition("/")
@@ -197,8 +197,9 @@ def save_as_coordinator(ranks: int, tensors: int, *, memory: bool = False) -> Co
     group = Group(lambda: cast(KeyValueStore, others), 0, ranks, 60)
     state = state_of(ranks, tensors)
     saves = saving.SharedSaves(group, range(ranks), cast(Store, _Store(costs)), {})
-    reopen = saving.reopen_checkpoint
-    saving.reopen_checkpoint = lambda store, name, manifest: cast(Checkpoint, _Named(name))
+    module: Any = saving
+    reopen = module.reopen_checkpoint
+    module.reopen_checkpoint = lambda store, name, manifest: _Named(name)
     if memory:
         tracemalloc.start()
     try:
@@ -213,7 +214,7 @@ def save_as_coordinator(ranks: int, tensors: int, *, memory: bool = False) -> Co
         with costs.of("open"):
             decoded = manifests.decode(costs.manifest, "simulated")
     finally:
-        saving.reopen_checkpoint = reopen
+        module.reopen_checkpoint = reopen
         if memory:
             costs.peak_bytes = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
@@ -227,8 +228,12 @@ class _Named:
     name: str
 
 
-if __name__ == "__main__":
-    import sys
+def main(ranks: int, tensors: int) -> str:
+    """What a save takes, in one line."""
+    found = save_as_coordinator(ranks, tensors)
+    seconds = ", ".join(f"{name} {took_s:.2f} s" for name, took_s in found.seconds.items())
+    return f"{ranks} ranks, {tensors} tensors: {seconds}, manifest {len(found.manifest)} bytes\n"
 
-    found = save_as_coordinator(int(sys.argv[1]), int(sys.argv[2]))
-    print({name: round(seconds, 2) for name, seconds in found.seconds.items()}, len(found.manifest), found.sent_bytes)
+
+if __name__ == "__main__":
+    sys.stdout.write(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -44,7 +44,7 @@ class Table:
 def tables_of(results: Mapping[str, Result]) -> list[Table]:
     """The tables of every workload: median, least and greatest, and how many times Holdfast's figure it is."""
     return [
-        _table(f"{name}{f', {result.nbytes / 1e6:,.0f} MB' if result.nbytes else ''}: {group}", result, chosen)
+        table_of(f"{name}{f', {result.nbytes / 1e6:,.0f} MB' if result.nbytes else ''}: {group}", result, chosen)
         for name, result in results.items()
         for group, chosen in GROUPS[name].items()
         if any(measure.name in result.samples for measure in chosen)
@@ -61,7 +61,8 @@ def targets_table(reached: Sequence[Reached]) -> Table:
     return Table("Targets", ("", "against", "target", "reached", "met"), tuple(rows))
 
 
-def _table(title: str, result: Result, chosen: Sequence[Measure]) -> Table:
+def table_of(title: str, result: Result, chosen: Sequence[Measure]) -> Table:
+    """Of some measures: median, least and greatest, and how many times Holdfast's figure it is."""
     present = [measure for measure in chosen if measure.name in result.samples]
     found = summary(result.samples)
     names = list(dict.fromkeys(name for measure in present for name in found[measure.name]))

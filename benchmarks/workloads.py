@@ -49,9 +49,13 @@ class Workload:
 
 def gpt2(scale: str, seed: int) -> Workload:
     """GPT-2 small with AdamW: 148 parameters by three, 1.49 GB in float32; ``scale="small"`` is 29 MB."""
-    width, layers, words, places = (768, 12, 50257, 1024) if scale == "full" else (128, 12, 50, 64)
     generator = torch.Generator().manual_seed(seed)
-    return _trained(_module(_gpt2_shapes(width, layers, words, places), generator), generator)
+    return _trained(_module(gpt2_shapes(scale), generator), generator)
+
+
+def gpt2_shapes(scale: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The names and shapes of its parameters."""
+    return _gpt2_shapes(*((768, 12, 50257, 1024) if scale == "full" else (128, 12, 50, 64)))
 
 
 def many(scale: str, seed: int) -> Workload:
@@ -83,16 +87,21 @@ WORKLOADS: dict[str, Callable[[str, int], Workload]] = {"gpt2": gpt2, "many": ma
 
 
 def _module(shapes: Iterable[tuple[str, tuple[int, ...]]], generator: torch.Generator) -> nn.Module:
-    """A module with parameters of these names and shapes."""
+    """A module with random parameters of these names and shapes."""
+    return module_of((name, torch.rand(shape, generator=generator)) for name, shape in shapes)
+
+
+def module_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> nn.Module:
+    """A module with these parameters, by name."""
     model = nn.Module()
-    for name, shape in shapes:
+    for name, tensor in tensors:
         *path, leaf = name.split(".")
         parent = model
         for part in path:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        parent.register_parameter(leaf, nn.Parameter(torch.rand(shape, generator=generator)))
+        parent.register_parameter(leaf, nn.Parameter(tensor))
     return model
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Event = Literal["step", "epoch", "batch"]
 
 _logger = logging.getLogger("holdfast")
+_OTHERS_MAY_BE_GONE_S = 30.0
 _NEWS = 0.25  # a distance between saves that changed by less is not worth a line
 
 
@@ -214,6 +215,8 @@ class Checkpointer:
                     writer.drain(self._writing.drain_s)
                 self._meet("end")
             elif not self._preemption.left:
+                if self._company.size > 1:
+                    self._preemption.end(error)  # a signal shall end this process while it waits
                 self._finish_after_error(writer)
         finally:
             self._preemption.end(error)
@@ -223,9 +226,13 @@ class Checkpointer:
         return False
 
     def _finish_after_error(self, writer: Writer) -> None:
-        """Finish what is under way without hiding the exception that is leaving the block."""
+        """Finish what is under way without hiding the exception that is leaving the block.
+
+        Of several processes others may be gone, and what starts them all again may be waiting for this one.
+        """
         try:
-            writer.drain(self._writing.drain_s)
+            several = self._company.size > 1
+            writer.drain(min(self._writing.drain_s, _OTHERS_MAY_BE_GONE_S) if several else self._writing.drain_s)
             writer.check()
         except Exception:
             _logger.exception("a save under way failed while an exception was leaving the block")

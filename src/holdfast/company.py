@@ -141,8 +141,8 @@ class Company(Protocol):
     def decided(self, what: str, decide: Callable[[], Any]) -> Any:
         """What one of them decides, in what JSON can say. All raise what ``decide`` raises."""
 
-    def candidates(self, find: Callable[[], Iterator[Checkpoint]]) -> Iterator[Checkpoint]:
-        """Checkpoints to try one after the other: those that one of them finds."""
+    def candidates(self, find: Callable[[], Iterator[Checkpoint]]) -> Iterator[Open]:
+        """What opens the checkpoints to try, one after the other: those that one of them finds."""
 
     def all_succeed(self, what: str) -> Any:
         """A context that all leave well, or all with an error: CorruptCheckpointError if one of them raised that."""
@@ -174,9 +174,10 @@ class Alone:
         """See :class:`Company`."""
         return decide()
 
-    def candidates(self, find: Callable[[], Iterator[Checkpoint]]) -> Iterator[Checkpoint]:
+    def candidates(self, find: Callable[[], Iterator[Checkpoint]]) -> Iterator[Open]:
         """See :class:`Company`."""
-        return find()
+        for found in find():
+            yield lambda found=found: found  # type: ignore[misc]  # a lambda with a default
 
     @contextmanager
     def all_succeed(self, what: str) -> Iterator[None]:

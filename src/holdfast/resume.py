@@ -132,12 +132,15 @@ def resume_run(
         company.decided("looking for checkpoints", lambda: _refuse_existing(run))
         return Resumed()
     failure: CorruptCheckpointError | None = None
-    for candidate in company.candidates(lambda: _candidates(run, resume.source, keep)):
+    for opened in company.candidates(lambda: _candidates(run, resume.source, keep)):
+        candidate: Checkpoint | None = None
         try:
-            with company.all_succeed(f"resuming from {candidate.name}"):
+            with company.all_succeed("resuming"):
+                candidate = opened()
                 resumed = _resume_from(candidate, run, state, resume, company, per_rank)
         except CorruptCheckpointError as error:
-            _logger.warning("not resuming from %s, which is left as it is: %s", candidate.path, error)
+            path = run.path if candidate is None else candidate.path
+            _logger.warning("not resuming from %s, which is left as it is: %s", path, error)
             failure = failure or error
         else:
             return resumed

@@ -10,9 +10,11 @@ import msgspec
 
 from holdfast import errors
 from holdfast.distributed.messages import Failure, KeyValueStore, Mailbox, rank_error
-from holdfast.errors import HoldfastError, RanksDifferError
+from holdfast.errors import HoldfastError, RanksDifferError, RankTimeoutError
 
 _PARTING_S = 10.0
+_TELLING_S = 2.0
+_TELLING_SHARE = 0.1
 
 Connect = Callable[[], KeyValueStore]
 """Makes another connection to the store."""
@@ -98,20 +100,26 @@ class Group:
             self._mailbox.forget([*keys, *self._last])
             self._last = [f"{number}/answer"]
         else:
-            answer = msgspec.convert(self._mailbox.receive(f"{number}/answer", 0, topic), _Answer)
+            # Whoever is missing, the coordinator says: so it has to have the time to find out, and to tell.
+            later_s = self.timeout_s + max(_TELLING_S, self.timeout_s * _TELLING_SHARE)
+            answer = msgspec.convert(self._mailbox.receive(f"{number}/answer", 0, topic, later_s), _Answer)
         if answer.failures:
             if failure is not None and len(answer.failures) == self.size:
                 raise failure
             raise rank_error(topic, answer.failures) from failure
         if answer.refused is not None:
             refusal, self._refusal = self._refusal, None
-            raise refusal or again(answer.refused)
+            raise refusal or again(answer.refused, answer.differing)
         if answer.text:
             raise RanksDifferError(answer.text, ranks=answer.differing)
         return answer.body
 
     def _decide(self, topic: str, keys: Sequence[str], decide: Callable[[list[Any]], Any]) -> _Answer:
-        messages = [msgspec.convert(message, _Message) for message in self._mailbox.receive_all(keys, topic)]
+        try:
+            messages = [msgspec.convert(message, _Message) for message in self._mailbox.receive_all(keys, topic)]
+        except RankTimeoutError as error:
+            self._refusal = error
+            return _Answer(refused=Failure.of(0, error), differing=error.ranks)
         failures = tuple(message.failure for message in messages if message.failure is not None)
         if failures:
             return _Answer(failures=failures)

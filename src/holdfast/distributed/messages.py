@@ -87,19 +87,20 @@ class Mailbox:
         with self._answering():
             self._store.set(key, msgspec.json.encode(message))
 
-    def receive(self, key: str, sender: int, what: str) -> Any:
+    def receive(self, key: str, sender: int, what: str, timeout_s: float | None = None) -> Any:
         """The message under ``key``, when it has come.
 
         Args:
             key: its key.
             sender: who is to send it.
             what: what for, in words.
+            timeout_s: how long to wait, where that is not as long as always.
 
         Raises:
             RankTimeoutError: it did not come in time.
             RankError: somebody left the training, so that it will not come.
         """
-        self.wait([key], lambda missing: [sender], what)
+        self.wait([key], lambda missing: [sender], what, timeout_s)
         with self._answering():
             return msgspec.json.decode(self._store.get(key))
 
@@ -114,7 +115,7 @@ class Mailbox:
         keys: Sequence[str],
         senders: Callable[[Sequence[str]], Sequence[int]],
         what: str,
-        look: Callable[[], None] | None = None,
+        timeout_s: float | None = None,
     ) -> None:
         """Wait until all ``keys`` have messages.
 
@@ -122,21 +123,20 @@ class Mailbox:
             keys: what is awaited.
             senders: whose messages are missing, of some keys.
             what: what for, in words.
-            look: called now and then; may raise to give up.
+            timeout_s: how long, where that is not as long as always.
         """
-        deadline_s = time.monotonic() + self.timeout_s
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        deadline_s = time.monotonic() + timeout_s
         pause_s, looks = _FIRST_PAUSE_S, 0
         wanted = list(keys)
         while not self._has(wanted):
             looks += 1
             if looks % _LOOKS_BETWEEN == 0:
                 self.raise_if_left(what)
-                if look is not None:
-                    look()
             if time.monotonic() >= deadline_s:
                 missing = [key for key in wanted if not self._has([key])]
                 if missing:
-                    raise self._timeout(senders(missing), what)
+                    raise self._timeout(senders(missing), what, timeout_s)
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
 
@@ -169,10 +169,10 @@ class Mailbox:
         with self._answering():
             return self._store.check(keys)
 
-    def _timeout(self, ranks: Sequence[int], what: str) -> RankTimeoutError:
+    def _timeout(self, ranks: Sequence[int], what: str, timeout_s: float) -> RankTimeoutError:
         shown = ", ".join(map(str, ranks[:10])) + (f" and {len(ranks) - 10} more" if len(ranks) > 10 else "")
         return RankTimeoutError(
-            f"{what}: rank {self.rank} of {self.size} waited {self.timeout_s:g} s for rank {shown}, which did not "
+            f"{what}: rank {self.rank} of {self.size} waited {timeout_s:g} s for rank {shown}, which did not "
             "answer. Every process of the group has to make the same calls: construct the Checkpointer, step(), "
             "end_epoch(), save(). Look at the output of that process; timeout_s= says how long to wait.",
             ranks=ranks,

@@ -23,7 +23,7 @@ from holdfast.distributed.group import Group, again
 from holdfast.distributed.messages import Failure, Mailbox, rank_error
 from holdfast.distributed.planning import SharedPlan, plan_files
 from holdfast.distributed.replicas import authoritative
-from holdfast.errors import CheckpointNotFoundError, HoldfastError, RankError, RankTimeoutError
+from holdfast.errors import CheckpointNotFoundError, RankError, RankTimeoutError
 from holdfast.format import manifest as manifests
 from holdfast.format.names import RANKS_ENTRY, shard_name
 from holdfast.format.records import FileRecord, TensorRecord
@@ -413,9 +413,9 @@ class SharedSave:
         )
 
     def _learn(self, mailbox: Mailbox, report: _Report) -> Open:
-        mailbox.timeout_s *= 2  # the coordinator waits for the others that long, and then has to tell
+        # The coordinator waits for the others as long as always, and then has to tell.
         try:
-            found = mailbox.receive(self._key("outcome"), 0, self._what)
+            found = mailbox.receive(self._key("outcome"), 0, self._what, 2 * mailbox.timeout_s)
         except RankTimeoutError:
             if mailbox.settle(self._key("verdict"), _GIVEN_UP) != _COMMIT:
                 raise
@@ -442,6 +442,7 @@ def open_elsewhere(path: str, checkpoint_id: str, timeout_s: float) -> Checkpoin
 
     Raises:
         RankTimeoutError: it did not come to be seen.
+        CorruptCheckpointError, StorageError: it cannot be read.
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -450,7 +451,7 @@ def open_elsewhere(path: str, checkpoint_id: str, timeout_s: float) -> Checkpoin
             if checkpoint.checkpoint_id == checkpoint_id:
                 return checkpoint
             found = f"it has the id {checkpoint.checkpoint_id}, expected {checkpoint_id}"
-        except HoldfastError as error:
+        except CheckpointNotFoundError as error:
             found = str(error)
         if time.monotonic() >= deadline_s:
             raise RankTimeoutError(

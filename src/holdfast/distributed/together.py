@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import msgspec
 
 from holdfast.checkpoint import Checkpoint
-from holdfast.company import Asked, Begin, Call, Due, Failed, Verdict, take
+from holdfast.company import Asked, Begin, Call, Due, Failed, Open, Verdict, take
 from holdfast.distributed.group import Group, again
 from holdfast.distributed.messages import Failure, rank_error
 from holdfast.distributed.saving import SharedSaves, open_elsewhere
@@ -103,7 +104,7 @@ class Together:
         """See :class:`holdfast.company.Company`."""
         return self._group.agree(what, None, lambda said: decide())
 
-    def candidates(self, find: Callable[[], Iterator[Checkpoint]]) -> Iterator[Checkpoint]:
+    def candidates(self, find: Callable[[], Iterator[Checkpoint]]) -> Iterator[Open]:
         """See :class:`holdfast.company.Company`."""
         found: Iterator[Checkpoint] | None = None
         here: list[Checkpoint] = []
@@ -115,7 +116,10 @@ class Together:
             return {"path": chosen.path, "id": chosen.checkpoint_id} if chosen is not None else None
 
         while (chosen := self.decided("choosing a checkpoint to continue from", choose)) is not None:
-            yield here[0] if here else open_elsewhere(chosen["path"], chosen["id"], self._group.timeout_s)
+            if here:
+                yield lambda: here[0]
+            else:
+                yield functools.partial(open_elsewhere, chosen["path"], chosen["id"], self._group.timeout_s)
 
     @contextmanager
     def all_succeed(self, what: str) -> Iterator[None]:

@@ -129,7 +129,9 @@ class PreemptionWatch:
         self._notices.start()
 
     def end(self, error: BaseException | None) -> None:
-        """Listen no longer; ``error`` is what leaves the block."""
+        """Listen no longer; ``error`` is what leaves the block. The second time nothing happens."""
+        if self._ended:
+            return
         self._ended = True
         self._notices.stop()
         self._signals.restore()

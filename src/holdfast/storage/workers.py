@@ -11,13 +11,23 @@ T = TypeVar("T")
 
 
 def default_threads() -> int:
-    """How many threads a transfer takes: one a core, but three at least, since they wait for the disk in turn."""
-    return min(8, max(3, cores()))
+    """How many threads a transfer takes: one a core, but three at least, since they wait for the disk in turn.
+
+    Where several processes do the same at once, three of all of them wait for it.
+    """
+    return min(8, max(-(-3 // neighbours()), cores()))
 
 
 def cores() -> int:
-    """How many cores this process may use: what helps where nobody waits for a disk."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores there are for this process: what helps where nobody waits for a disk."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // neighbours())
+
+
+def neighbours() -> int:
+    """How many processes of one training run on this machine, as ``torchrun`` tells each of them."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdecimal() and len(told) < 6 else 1
 
 
 def in_parallel(

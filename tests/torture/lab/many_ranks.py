@@ -92,7 +92,7 @@ class _Others:
     """The store, as if all other ranks had sent what rank 0 says of itself, and had written what it wrote."""
 
     def __init__(self, costs: Costs, ranks: int) -> None:
-        self._store = dist.HashStore()
+        self._store: Any = dist.HashStore()  # type: ignore[attr-defined]  # it is one of its names
         self._costs = costs
         self._ranks = ranks
 

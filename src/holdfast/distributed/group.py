@@ -101,7 +101,7 @@ class Group:
             self._last = [f"{number}/answer"]
         else:
             # Whoever is missing, the coordinator says: so it has to have the time to find out, and to tell.
-            later_s = self.timeout_s + max(_TELLING_S, self.timeout_s * _TELLING_SHARE)
+            later_s = self.timeout_s + telling_s(self.timeout_s)
             answer = msgspec.convert(self._mailbox.receive(f"{number}/answer", 0, topic, later_s), _Answer)
         if answer.failures:
             if failure is not None and len(answer.failures) == self.size:
@@ -154,6 +154,11 @@ class Group:
     def leave(self, error: BaseException) -> None:
         """Tell the others that this process leaves the training because of ``error``."""
         self._mailbox.leave(Failure.of(self.rank, error))
+
+
+def telling_s(timeout_s: float) -> float:
+    """How much longer than its own time the coordinator is waited for, since it has to tell who did not come."""
+    return max(_TELLING_S, timeout_s * _TELLING_SHARE)
 
 
 def again(failure: Failure, ranks: Sequence[int] = ()) -> HoldfastError:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from holdfast.company import Alone, Company
-from holdfast.distributed.group import Group
-from holdfast.distributed.messages import KeyValueStore
+from holdfast.distributed.group import Group, telling_s
+from holdfast.distributed.messages import KeyValueStore, Mailbox
+from holdfast.distributed.session import meet
 from holdfast.distributed.together import Together
 from holdfast.errors import UsageError
 
@@ -31,6 +32,7 @@ def company_of(group: ProcessGroup | str | None, timeout_s: float) -> Company:
 
     Raises:
         UsageError: ``group`` is something else, or this process is not in it.
+        RankTimeoutError: a process did not come.
     """
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
         raise UsageError(f"timeout_s=: expected a positive number of seconds, found {timeout_s!r}.", key="timeout_s")
@@ -53,10 +55,12 @@ def company_of(group: ProcessGroup | str | None, timeout_s: float) -> Company:
         return Alone()
     name = f"holdfast/{next(_blocks)}/{xxhash.xxh3_64_hexdigest(repr(members).encode())}"
     shared = module.distributed_c10d._get_default_store()
+    rank = members.index(module.get_rank())
 
-    def connect() -> KeyValueStore:
+    def connect(prefix: str) -> KeyValueStore:
         # A connection of its own: one that waits for a key is of no use to anybody else meanwhile.
-        store: KeyValueStore = module.PrefixStore(name, shared.clone())
+        store: KeyValueStore = module.PrefixStore(prefix, shared.clone())
         return store
 
-    return Together(Group(connect, members.index(module.get_rank()), len(members), timeout_s), members)
+    session = meet(Mailbox(connect(name), rank, len(members), timeout_s), telling_s(timeout_s))
+    return Together(Group(lambda: connect(f"{name}/{session}"), rank, len(members), timeout_s), members)

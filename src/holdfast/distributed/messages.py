@@ -101,6 +101,10 @@ class Mailbox:
             RankError: somebody left the training, so that it will not come.
         """
         self.wait([key], lambda missing: [sender], what, timeout_s)
+        return self.read(key)
+
+    def read(self, key: str) -> Any:
+        """The message under ``key``, which has come."""
         with self._answering():
             return msgspec.json.decode(self._store.get(key))
 
@@ -164,6 +168,10 @@ class Mailbox:
                 failure = msgspec.json.decode(self._store.get("left"), type=Failure)
             if failure.rank != self.rank:
                 raise rank_error(f"{what}: a process has left the training", [failure])
+
+    def has(self, key: str) -> bool:
+        """Whether there is a message under ``key``. Does not wait."""
+        return self._has([key])
 
     def _has(self, keys: list[str]) -> bool:
         with self._answering():

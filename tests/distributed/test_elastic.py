@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -26,7 +27,12 @@ def torchrun(order: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", "--max-restarts=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--monitor-interval=0.1"]
     return subprocess.run(
-        [*command, str(DRIVER), json.dumps(order)], capture_output=True, text=True, check=False, timeout=240
+        [*command, str(DRIVER), json.dumps(order)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # see docs/distributed.md
     )
 
 

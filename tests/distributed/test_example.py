@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,10 @@ def torchrun(ranks: int, *command: object) -> subprocess.CompletedProcess[str]:
     """Run a script on some ranks, which start again when one has died."""
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--max-restarts=3"]
     start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--monitor-interval=0.1"]
-    return subprocess.run([*start, *map(str, command)], capture_output=True, text=True, check=False, timeout=240)
+    own_store = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/distributed.md
+    return subprocess.run(
+        [*start, *map(str, command)], capture_output=True, text=True, check=False, timeout=240, env=own_store
+    )
 
 
 def train(directory: Path, name: str, ranks: int, *before: object) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import pytest
 from holdfast import Run
 
 EPOCHS = 12
-KILLS = 20
+TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
+KILLS = 20 if TORTURE else 10
 KILLS_PER_TRAINER = 10  # then the next comes out of a process of its own, with its own seed of hashes
 # Each seed is another choice of moments: one by default, which takes a minute, more in `make torture`.
-SEEDS = range(10 if os.environ.get("HOLDFAST_TORTURE", "0") != "0" else 1)
+SEEDS = range(10 if TORTURE else 1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Kills:
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_nobody_killed(
     seed: int, whole: Whole, tmp_path: Path, train_digits: Callable[[Path, Path], Any]
 ) -> None:
-    """Killed at 20 random moments, in batches and inside saves, it ends bit-identical in everything.
+    """Killed at random moments, in batches and inside saves, it ends bit-identical in everything.
 
     After each kill every checkpoint that can be seen is intact, and the next process continues from the newest one.
     """

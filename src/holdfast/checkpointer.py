@@ -87,6 +87,8 @@ class Checkpointer:
         timeout_s: how long to wait for a process of the group that does not answer.
         per_rank: what becomes of what each process kept for itself (generators, places in the data) where another
             number of processes goes on: ``"error"``, ``"reassign"`` or ``"reseed"``, see :func:`holdfast.restore`.
+        read_once: on resuming, what all processes hold whole is read by one of them, each something else, and sent to
+            the others through the group: for file systems that are slower than the network. By default each reads.
 
     Raises (on entry):
         RunBusyError: another process writes this run.
@@ -125,6 +127,7 @@ class Checkpointer:
         group: ProcessGroup | Literal["world"] | None = "world",
         timeout_s: float = 600.0,
         per_rank: PerRankPolicy = "error",
+        read_once: bool = False,
     ) -> None:
         _check_policies(save, keep)
         self.run = Run(path)
@@ -140,6 +143,7 @@ class Checkpointer:
         self._group = group
         self._timeout_s = timeout_s
         self._per_rank = per_rank
+        self._read_once = read_once
         self._company: Company = Alone()
         self._writer: Writer | None = None
         self._pid = 0
@@ -185,7 +189,7 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         if self._writer is not None:
             raise UsageError("this Checkpointer is in use already; make another one for another block.")
-        self._company = company_of(self._group, self._timeout_s)
+        self._company = company_of(self._group, self._timeout_s, read_once=self._read_once)
         try:
             self._company.enter(self.run)
             self._continue()

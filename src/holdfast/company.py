@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.run import Run
+from holdfast.state.leaves import Fill, fill
 
 if TYPE_CHECKING:
     from holdfast.part import About, Costs
@@ -147,6 +148,10 @@ class Company(Protocol):
     def all_succeed(self, what: str) -> Any:
         """A context that all leave well, or all with an error: CorruptCheckpointError if one of them raised that."""
 
+    @property
+    def fill(self) -> Fill:
+        """What reads the tensors of a checkpoint that all restore."""
+
     def saves(
         self, run: Run, state: Mapping[str, Any], last: Checkpoint | None, *, share_unchanged: bool
     ) -> Begin | None:
@@ -161,6 +166,7 @@ class Alone:
 
     rank = 0
     size = 1
+    fill = staticmethod(fill)
 
     def enter(self, run: Run) -> None:
         """See :class:`Company`."""

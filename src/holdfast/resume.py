@@ -18,7 +18,7 @@ from holdfast.errors import (
     StorageError,
     UsageError,
 )
-from holdfast.loading import restore
+from holdfast.loading import restore_by
 from holdfast.policies import KeepBest
 from holdfast.progress import Progress, origin_of
 from holdfast.run import Broken, Retention, Run, ranked_by
@@ -161,11 +161,19 @@ def _resume_from(
     own = checkpoint.path.startswith(run.path + os.sep)
     if resume.only is not None and not own:
         progress = Progress(origin=origin_of(checkpoint), overrides=dict(resume.override))
-        report = restore(checkpoint, state, only=resume.only, strict=resume.strict, override=resume.override, **where)
+        report = restore_by(
+            company.fill,
+            checkpoint,
+            state,
+            only=resume.only,
+            strict=resume.strict,
+            override=resume.override,
+            **where,
+        )
     else:
         progress = Progress.saved_in(checkpoint)
         fresh = {path: value for path, value in resume.override.items() if not _is_set(progress, path, value)}
-        report = restore(checkpoint, state, override=fresh, **where)
+        report = restore_by(company.fill, checkpoint, state, override=fresh, **where)
         progress.overrides = dict(resume.override)
         if not own:
             progress.origin = origin_of(checkpoint)

@@ -116,3 +116,17 @@ def test_everybody_writes_its_part(saved: Callable[..., tuple[Path, Outcome]]) -
     whole = dict(Small().named_parameters())
     assert stored == sum(parameter.numel() for parameter in whole.values()) + 1  # and the buffer that counts
     assert at_save.statuses == [0] * 4
+
+
+@pytest.mark.parametrize("target", [("ddp", 2), ("fsdp", 2)], ids=str)
+def test_what_all_hold_whole_may_be_read_once(
+    target: tuple[str, int], launch: Launch, saved: Callable[..., tuple[Path, Outcome]]
+) -> None:
+    """Read by one rank and sent to the others, it is what was saved; what is cut, each reads for itself."""
+    directory, at_save = saved("ddp", 2)
+
+    restored = launch("resume", directory, target[1], layout=target[0], read_once=True)
+
+    assert [result["gathered"] for result in restored.results] == [at_save.results[0]["gathered"]] * target[1]
+    if target == ("ddp", 2):
+        assert [result["own"] for result in restored.results] == [result["own"] for result in at_save.results]

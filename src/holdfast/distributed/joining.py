@@ -22,13 +22,14 @@ _blocks = itertools.count(1)
 """Of this process. All processes enter their blocks in one order, so that those of one block have one number."""
 
 
-def company_of(group: ProcessGroup | str | None, timeout_s: float) -> Company:
+def company_of(group: ProcessGroup | str | None, timeout_s: float, *, read_once: bool = False) -> Company:
     """The processes that one training is made of.
 
     Args:
         group: ``"world"`` for all that PyTorch's default process group has, if there is one; a group of them; or None
             for this process alone.
         timeout_s: how long to wait for a process that does not answer.
+        read_once: whether what all hold whole is read by one process and sent to the others.
 
     Raises:
         UsageError: ``group`` is something else, or this process is not in it.
@@ -63,4 +64,8 @@ def company_of(group: ProcessGroup | str | None, timeout_s: float) -> Company:
         return store
 
     session = meet(Mailbox(connect(name), rank, len(members), timeout_s), telling_s(timeout_s))
-    return Together(Group(lambda: connect(f"{name}/{session}"), rank, len(members), timeout_s), members)
+    return Together(
+        Group(lambda: connect(f"{name}/{session}"), rank, len(members), timeout_s),
+        members,
+        group if read_once else None,
+    )

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,10 +16,15 @@ from holdfast.checkpoint import Checkpoint
 from holdfast.company import Asked, Begin, Call, Due, Failed, Open, Verdict, take
 from holdfast.distributed.group import Group, again
 from holdfast.distributed.messages import Failure, rank_error
+from holdfast.distributed.reading_once import ReadOnce
 from holdfast.distributed.saving import SharedSaves, open_elsewhere
 from holdfast.errors import CorruptCheckpointError, RankError, RanksDifferError
 from holdfast.preemption import Preempted
 from holdfast.run import Run
+from holdfast.state.leaves import Fill, fill
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _logger = logging.getLogger("holdfast")
 _SHARE = 0.01  # of the training's time, for meetings
@@ -62,11 +67,14 @@ class Together:
     Args:
         group: the processes.
         members: by rank in the group, the rank that meshes know a process by.
+        process_group: through which what all have whole is sent, when one of them has read it; None where each reads
+            for itself.
     """
 
-    def __init__(self, group: Group, members: Sequence[int]) -> None:
+    def __init__(self, group: Group, members: Sequence[int], process_group: ProcessGroup | None = None) -> None:
         self._group = group
         self._members = members
+        self._process_group = process_group
         self._rhythm = _Rhythm()
         self._told_of_metrics = False
 
@@ -121,9 +129,16 @@ class Together:
             else:
                 yield functools.partial(open_elsewhere, chosen["path"], chosen["id"], self._group.timeout_s)
 
-    @contextmanager
-    def all_succeed(self, what: str) -> Iterator[None]:
+    @property
+    def fill(self) -> Fill:
         """See :class:`holdfast.company.Company`."""
+        if self._process_group is None:
+            return fill
+        return ReadOnce(self._process_group, self._members, self.rank, self.all_succeed)
+
+    @contextmanager
+    def all_succeed(self, what: str, alike: str = "") -> Iterator[None]:
+        """See :class:`holdfast.company.Company`; ``alike`` is what all have to say alike."""
         failure: Exception | None = None
         try:
             yield
@@ -132,8 +147,8 @@ class Together:
         damaged = isinstance(failure, CorruptCheckpointError)
         told = self._group.agree(
             what,
-            str(failure) if damaged else None,
-            lambda said: next((text for text in said if text is not None), None),
+            [alike, str(failure) if damaged else None],
+            lambda said: _damage_told(what, said),
             failure=None if damaged else failure,
         )
         if failure is not None:
@@ -229,6 +244,13 @@ class Together:
                 differing[0],
                 heard[differing[0]].metrics,
             )
+
+
+def _damage_told(what: str, said: Sequence[tuple[str, str | None]]) -> str | None:
+    differing = [rank for rank, (alike, _) in enumerate(said) if alike != said[0][0]]
+    if differing:
+        raise RanksDifferError(f"{what}: rank 0 and rank {differing[0]} have other tensors.", ranks=differing)
+    return next((damage for _, damage in said if damage is not None), None)
 
 
 _CALLS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -180,9 +180,18 @@ class CodecLeaves(SavedLeaves):
         fill(self._checkpoint, copies)
 
 
-def fill(
-    checkpoint: Checkpoint, copies: Sequence[tuple[SavedTensor | SavedArray, Any]], *, whole: bool = False
-) -> None:
+Copy = tuple[SavedTensor | SavedArray, Any]
+"""Something saved, and the tensor or array that it goes to."""
+
+
+class Fill(Protocol):
+    """Reads what is saved into where it goes: :func:`fill`, or what several processes do together."""
+
+    def __call__(self, checkpoint: Checkpoint, copies: Sequence[Copy], *, whole: bool) -> None:
+        """See :func:`fill`."""
+
+
+def fill(checkpoint: Checkpoint, copies: Sequence[Copy], *, whole: bool = False) -> None:
     """Read each saved tensor or array into its destination; destinations may lie on any device.
 
     Args:

@@ -19,7 +19,7 @@ from holdfast.format import tree
 from holdfast.format.names import GRADIENTS_ENTRY, MANIFEST, RNG_ENTRY
 from holdfast.state import rng
 from holdfast.state.kinds import Kind, PerRank, has_per_rank_value, kind_of, live_objects, name_parameters
-from holdfast.state.leaves import SavedArray, SavedTensor, fill
+from holdfast.state.leaves import Fill, SavedArray, SavedTensor, fill
 from holdfast.state.overrides import plan_overrides
 from holdfast.state.planners import PLANNERS, plan_gradients
 from holdfast.state.ranks import PerRankShare, share_of
@@ -38,10 +38,12 @@ def restore_state(
     rank: int = 0,
     world_size: int = 1,
     per_rank: str = "error",
+    fill: Fill = fill,
 ) -> RestoreReport:
     """Restore ``checkpoint`` (or ``only`` some of its entries) into the live objects of ``state``, then override.
 
     Of tensors that are cut over ranks, what ``rank`` holds is read; of what each rank kept for itself, what it had.
+    ``fill`` reads them.
 
     Raises:
         UsageError: an override leads nowhere. Nothing was touched.

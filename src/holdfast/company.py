@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.run import Run
-from holdfast.state.leaves import Fill, fill
 
 if TYPE_CHECKING:
     from holdfast.part import About, Costs
     from holdfast.state.capture import CapturedEntry
+    from holdfast.state.leaves import Fill
     from holdfast.state.staging import Staging
     from holdfast.storage.arena import Arena
 
@@ -166,7 +166,13 @@ class Alone:
 
     rank = 0
     size = 1
-    fill = staticmethod(fill)
+
+    @property
+    def fill(self) -> Fill:
+        """See :class:`Company`."""
+        from holdfast.state.leaves import fill  # torch is needed only here
+
+        return fill
 
     def enter(self, run: Run) -> None:
         """See :class:`Company`."""

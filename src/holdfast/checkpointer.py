@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,7 +181,10 @@ class Checkpointer:
 
     @property
     def preempted(self) -> bool:
-        """Whether the training was asked to leave, which it does at the next ``step()`` or ``end_epoch()``."""
+        """Whether the training was asked to leave, which it does at the next ``step()`` or ``end_epoch()``.
+
+        Of several processes each says only what it knows by itself: what is to be the same on all must not hang on it.
+        """
         return self._preemption.requested
 
     # ------------------------------------------------------------------------------------------------- the block
@@ -190,8 +193,9 @@ class Checkpointer:
         if self._writer is not None:
             raise UsageError("this Checkpointer is in use already; make another one for another block.")
         self._company = company_of(self._group, self._timeout_s, read_once=self._read_once)
+        self._unsaved, self._saves, self._last, self._metrics = False, 0, None, {}
         try:
-            self._company.enter(self.run)
+            self._company.enter(self.run, self._alike())
             self._continue()
             self._writer = self._new_writer()
             self._preemption.begin(self.resumed_from)  # last: nothing that fails after it would undo it
@@ -211,23 +215,29 @@ class Checkpointer:
         if self._pid != os.getpid():
             return False  # a forked child on its way out: the run is its parent's
         writer = self._in_block()
-        try:
+        with ExitStack() as leaving:
+            leaving.push(lambda kind, failure, traceback: self._company.exit(self.run, failure or error))
+            leaving.callback(self._let_go, writer, error)
             if kind is None:
-                if self._unsaved:
-                    self._submit("end of training")
-                with self._company.all_succeed("waiting for the last save"):
-                    writer.drain(self._writing.drain_s)
-                self._meet("end")
+                self._finish(writer)
             elif not self._preemption.left:
                 if self._company.size > 1:
                     self._preemption.end(error)  # a signal shall end this process while it waits
                 self._finish_after_error(writer)
-        finally:
-            self._preemption.end(error)
-            writer.close()
-            self._writer = None
-            self._company.exit(self.run, error)
         return False
+
+    def _finish(self, writer: Writer) -> None:
+        """Save what is not saved yet, and wait until all is durable."""
+        if self._unsaved:
+            self._submit("end of training")
+        with self._company.all_succeed("waiting for the last save"):
+            writer.drain(self._writing.drain_s)
+        self._meet("end")
+
+    def _let_go(self, writer: Writer, error: BaseException | None) -> None:
+        self._preemption.end(error)
+        writer.close()
+        self._writer = None
 
     def _finish_after_error(self, writer: Writer) -> None:
         """Finish what is under way without hiding the exception that is leaving the block.
@@ -403,14 +413,16 @@ class Checkpointer:
             saved=lambda: None if self._unsaved else self._last or self.resumed_from,
             save=self._submit,
             drain=lambda seconds: self._drain_together(writer, seconds),
-            check=lambda: self._check(writer),
+            check=lambda: self._check(writer, drained=True),
             patience_s=self._writing.drain_s,
             background=self._writing.background or self._company.size > 1,
+            leads=self._company.rank == 0,
         )
 
     def _drain_together(self, writer: Writer, timeout_s: float) -> None:
         with self._company.all_succeed("waiting for the save under way"):
             writer.drain(timeout_s)
+        self._unsaved = self._unsaved or (self._last is not None and self._last.failed())
 
     def _submit(self, reason: str) -> SaveHandle:
         writer = self._in_block()
@@ -424,15 +436,17 @@ class Checkpointer:
         self._check(writer)
         return handle
 
-    def _check(self, writer: Writer) -> None:
+    def _check(self, writer: Writer, *, drained: bool = False) -> None:
         """Raise what went wrong since the last look; when it was the last save, there is something to save again.
 
-        Of several processes one may know already what the others learn when they meet: then nothing is raised here.
+        Of several processes one may know already what the others learn when they meet: then nothing is raised here, and
+        no save follows that the others would not make. Unless all have ``drained``: then each knows how it went.
         """
         try:
-            writer.check(known=self._company.size > 1)
-        finally:
+            writer.check(known=self._company.size > 1 and not drained)
+        except BaseException:
             self._unsaved = self._unsaved or (self._last is not None and self._last.failed())
+            raise
 
     def _keep_metrics(self) -> None:
         """Give metrics for which no save was due to the checkpoint of this step, if there is one."""
@@ -471,6 +485,16 @@ class Checkpointer:
         if not self._warmed_up:
             self._warmed_up = True
             writer.warm_up(estimated_nbytes(self._training.state))
+
+    def _alike(self) -> dict[str, Any]:
+        """The arguments that all processes must have been given alike."""
+        only = self._resume.only
+        return {
+            "background": self._writing.background,
+            "per_rank": self._per_rank,
+            "only": None if only is None else list(only),
+            "override": [str(path) for path in self._resume.override],
+        }
 
     def _new_writer(self) -> Writer:
         own = self.resumed_from if self._resumed_own else None

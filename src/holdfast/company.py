@@ -133,8 +133,11 @@ class Company(Protocol):
     def size(self) -> int:
         """How many they are."""
 
-    def enter(self, run: Run) -> None:
-        """Take the run for writing, and remove what dead writers left there."""
+    def enter(self, run: Run, arguments: Mapping[str, Any]) -> None:
+        """Take the run for writing, and remove what dead writers left there.
+
+        ``arguments`` are those that all processes must have been given alike, in what JSON can say.
+        """
 
     def exit(self, run: Run, error: BaseException | None) -> None:
         """Let go of it; ``error`` is what leaves the block."""
@@ -174,7 +177,7 @@ class Alone:
 
         return fill
 
-    def enter(self, run: Run) -> None:
+    def enter(self, run: Run, arguments: Mapping[str, Any]) -> None:
         """See :class:`Company`."""
         take(run)
 

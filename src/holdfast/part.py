@@ -83,7 +83,7 @@ class Part:
     Until they are staged, it reads the live tensors. A part that is not written must be aborted.
 
     Args:
-        pending: where to.
+        pending: where to; whoever makes the part commits it, or aborts it, even where making it fails.
         plan: the files.
         sources: files of the checkpoint before that some of them can be linked to.
         captured: what is in them.
@@ -103,16 +103,12 @@ class Part:
         self._indexes = plan.indexes
         self._staging: Staging | None = None
         self._linked: dict[str, FileRecord] = {}
-        try:
-            self._link(sources)
-            self._live = {
-                file.name: LiveFile(file.stamped(checkpoint_id), file.tensors(captured))
-                for file in plan.files
-                if file.name not in self._linked
-            }
-        except BaseException:
-            pending.abort()
-            raise
+        self._link(sources)
+        self._live = {
+            file.name: LiveFile(file.stamped(checkpoint_id), file.tensors(captured))
+            for file in plan.files
+            if file.name not in self._linked
+        }
 
     def stage(self, arena: Arena, late: Container[int] = ()) -> Staging:
         """Copy what is to be written into ``arena``: nothing that is done to the tensors reaches it any more.

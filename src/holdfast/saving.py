@@ -154,7 +154,12 @@ class Save:
         self._identity = Identity()
         self._contents = Contents.of(captured)
         self._plan, sources = _planned(captured, unchanged)
-        self._part = Part(store.create(about.step), self._plan, sources, captured, self._identity.checkpoint_id)
+        pending = store.create(about.step)
+        try:
+            self._part = Part(pending, self._plan, sources, captured, self._identity.checkpoint_id)
+        except BaseException:
+            pending.abort()
+            raise
         self.costs = self._part.costs
 
     def stage(self, arena: Arena, late: Container[int] = ()) -> Staging:

@@ -407,7 +407,7 @@ class Writer:
         handle._future.set_exception(error)
 
     def _note(self, error: BaseException, *, known: bool, lost: bool) -> None:
-        if self.number not in self._told:
+        if not lost or self.number not in self._told:
             self._failures.append(Failed(self.number, error, known, lost))
 
     def _tell(self, checkpoint: Checkpoint, handle: SaveHandle) -> None:

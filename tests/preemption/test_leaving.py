@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from holdfast import Checkpoint, Checkpointer, Every, KeepLast, Preempted, Preemption, Run
+from holdfast.company import Asked
 from holdfast.errors import SaveTimeoutError, StorageError, UnsupportedValueError, UsageError
 from holdfast.notices import Notified
 from holdfast.preemption.leaving import PreemptionWatch, Saver
@@ -523,3 +524,37 @@ def test_outside_its_block(tmp_path: Path) -> None:
     """As for every call."""
     with pytest.raises(UsageError, match="inside its block"):
         Checkpointer(tmp_path, {"x": 1}).leave_if_preempted()
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "told"),
+    [
+        (None, Asked("SIGTERM on rank 1"), Asked("SIGTERM on rank 1")),
+        (None, Asked("notice on rank 1", 100.0), Asked("notice on rank 1", 95.0)),
+        (("SIGTERM", None, False), Asked("notice on rank 1", 100.0), Asked("SIGTERM", 95.0)),
+        (("SIGINT", None, True), Asked("SIGTERM on rank 1"), Asked("SIGTERM on rank 1")),
+        (("SIGINT", None, True), Asked("SIGINT on rank 1", None, True), Asked("SIGINT", None, True)),
+        (("notice", 40.0, False), Asked("notice on rank 1", 100.0), Asked("notice", 38.0)),
+    ],
+    ids=repr,
+)
+def test_what_others_were_asked(tmp_path: Path, mine: Any, others: Asked, told: Asked) -> None:
+    """All processes of a training leave for the same cause, and none has more time than the others."""
+    watch = PreemptionWatch(None, Run(tmp_path), Clock())
+    if mine is not None:
+        reason, in_seconds, interrupt = mine
+        watch._flag.put_up(reason, in_seconds=in_seconds, interrupt=interrupt)
+    watch.adopt(others)
+    assert watch.asked() == told
+
+
+def test_what_was_asked_is_not_asked_twice(tmp_path: Path) -> None:
+    """Hearing of one's own request takes nothing off the time."""
+    clock = Clock()
+    watch = PreemptionWatch(None, Run(tmp_path), clock)
+    watch._flag.put_up("notice", in_seconds=100.0)
+    asked = watch.asked()
+    assert asked is not None
+    clock.now_s = 1.0
+    watch.adopt(asked)
+    assert watch.asked() == Asked("notice", 94.0)

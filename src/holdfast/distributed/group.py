@@ -9,12 +9,10 @@ from typing import Any
 import msgspec
 
 from holdfast import errors
-from holdfast.distributed.messages import Failure, KeyValueStore, Mailbox, rank_error
+from holdfast.distributed.messages import Failure, KeyValueStore, Mailbox, answering, rank_error
 from holdfast.errors import HoldfastError, RanksDifferError, RankTimeoutError
 
 _PARTING_S = 10.0
-_TELLING_S = 2.0
-_TELLING_SHARE = 0.1
 
 Connect = Callable[[], KeyValueStore]
 """Makes another connection to the store."""
@@ -29,7 +27,7 @@ class _Message(msgspec.Struct, frozen=True):
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """What a meeting comes to; ``refused`` is why the coordinator could not decide."""
+    """What a meeting comes to; ``refused`` is why the coordinator could not decide, ``differing`` because of whom."""
 
     body: Any = None
     refused: Failure | None = None
@@ -65,7 +63,9 @@ class Group:
 
     def mailbox(self) -> Mailbox:
         """A connection of one's own, for another thread."""
-        return Mailbox(self._connect(), self.rank, self.size, self.timeout_s)
+        with answering(self.rank):
+            store = self._connect()
+        return Mailbox(store, self.rank, self.size, self.timeout_s)
 
     def agree(
         self,
@@ -87,7 +87,8 @@ class Group:
             RankError: a process failed; this one's own ``failure`` is raised as it is where all failed alike.
             RankTimeoutError: a process did not come.
             RanksDifferError: a process has come for something else, or ``decide`` found a difference.
-            HoldfastError: what ``decide`` raised, on all.
+            HoldfastError: what ``decide`` raised, on all; where it raised something else, that on the coordinator, and
+                RankError on the others.
         """
         number = next(self._meetings)
         reason = None if failure is None else Failure.of(self.rank, failure)
@@ -96,13 +97,12 @@ class Group:
         if self.is_coordinator:
             answer = self._decide(topic, keys, decide)
             self._mailbox.send(f"{number}/answer", answer)
-            # Whoever sent something to this meeting has had the answer of the one before.
-            self._mailbox.forget([*keys, *self._last])
-            self._last = [f"{number}/answer"]
+            # Whoever sent something to a meeting has had the answer of the one before. One that came too late sends
+            # something to this one yet.
+            self._mailbox.forget(self._last)
+            self._last = [f"{number}/answer", *keys]
         else:
-            # Whoever is missing, the coordinator says: so it has to have the time to find out, and to tell.
-            later_s = self.timeout_s + telling_s(self.timeout_s)
-            answer = msgspec.convert(self._mailbox.receive(f"{number}/answer", 0, topic, later_s), _Answer)
+            answer = msgspec.convert(self._answer(number, topic), _Answer)
         if answer.failures:
             if failure is not None and len(answer.failures) == self.size:
                 raise failure
@@ -113,6 +113,15 @@ class Group:
         if answer.text:
             raise RanksDifferError(answer.text, ranks=answer.differing)
         return answer.body
+
+    def _answer(self, number: int, topic: str) -> Any:
+        key = f"{number}/answer"
+        try:
+            return self._mailbox.receive(key, 0, topic)
+        except RankTimeoutError:
+            if not self._mailbox.has(f"{number}/0"):
+                raise
+            return self._mailbox.receive(key, 0, topic)  # the coordinator came, and says whom it waits for in vain
 
     def _decide(self, topic: str, keys: Sequence[str], decide: Callable[[list[Any]], Any]) -> _Answer:
         try:
@@ -135,9 +144,9 @@ class Group:
             return _Answer(decide([message.body for message in messages]))
         except RanksDifferError as error:
             return _Answer(text=str(error), differing=error.ranks)
-        except (HoldfastError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - all raise it
             self._refusal = error
-            return _Answer(refused=Failure.of(0, error))
+            return _Answer(refused=Failure.of(0, error), differing=getattr(error, "ranks", ()))
 
     def forget(self, keys: Sequence[str]) -> None:
         """Remove messages that nobody will ask for any more."""
@@ -147,18 +156,15 @@ class Group:
         """The training is over, for all. Blocks a moment: the store may live in the coordinator's process."""
         if self.is_coordinator:
             self._mailbox.timeout_s = min(self.timeout_s, _PARTING_S)
-            self._mailbox.receive_all([f"bye/{rank}" for rank in range(1, self.size)], "the end of the training")
+            byes = [f"bye/{rank}" for rank in range(1, self.size)]
+            self._mailbox.receive_all(byes, "the end of the training")
+            self._mailbox.forget([*byes, *self._last])
         else:
             self._mailbox.send(f"bye/{self.rank}", None)
 
     def leave(self, error: BaseException) -> None:
         """Tell the others that this process leaves the training because of ``error``."""
         self._mailbox.leave(Failure.of(self.rank, error))
-
-
-def telling_s(timeout_s: float) -> float:
-    """How much longer than its own time the coordinator is waited for, since it has to tell who did not come."""
-    return max(_TELLING_S, timeout_s * _TELLING_SHARE)
 
 
 def again(failure: Failure, ranks: Sequence[int] = ()) -> HoldfastError:

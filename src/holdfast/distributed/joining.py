@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from holdfast.company import Alone, Company
-from holdfast.distributed.group import Group, telling_s
+from holdfast.distributed.group import Group
 from holdfast.distributed.messages import KeyValueStore, Mailbox
 from holdfast.distributed.session import meet
 from holdfast.distributed.together import Together
@@ -18,8 +18,9 @@ from holdfast.errors import UsageError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_blocks = itertools.count(1)
-"""Of this process. All processes enter their blocks in one order, so that those of one block have one number."""
+_blocks: Counter[str] = Counter()
+"""Of this process, by group. Those of a group enter its blocks in one order, so that a block has one number for all;
+what other groups do meanwhile is no matter."""
 
 
 def company_of(group: ProcessGroup | str | None, timeout_s: float, *, read_once: bool = False) -> Company:
@@ -49,23 +50,30 @@ def company_of(group: ProcessGroup | str | None, timeout_s: float, *, read_once:
         raise UsageError(
             f"group=: expected 'world', None or a process group of torch.distributed, found {group!r}.", key="group"
         )
-    members = module.get_process_group_ranks(group)
-    if module.get_rank() not in members:
-        raise UsageError(f"group=: this process, rank {module.get_rank()}, is not among {members}.", key="group")
+    rank = module.get_rank()
+    try:
+        members = module.get_process_group_ranks(group)
+    except (KeyError, TypeError) as error:  # what new_group() gives to those that are not in it is no group either
+        raise UsageError(
+            f"group=: expected 'world', None or a process group of which this process, rank {rank}, is one; found "
+            f"{group!r}.",
+            key="group",
+        ) from error
+    if rank not in members:
+        raise UsageError(f"group=: this process, rank {rank}, is not among {members}.", key="group")
     if len(members) == 1:
         return Alone()
-    name = f"holdfast/{next(_blocks)}/{xxhash.xxh3_64_hexdigest(repr(members).encode())}"
+    who = xxhash.xxh3_64_hexdigest(repr(members).encode())
+    _blocks[who] += 1
+    name = f"holdfast/{who}/{_blocks[who]}"
     shared = module.distributed_c10d._get_default_store()
-    rank = members.index(module.get_rank())
 
     def connect(prefix: str) -> KeyValueStore:
         # A connection of its own: one that waits for a key is of no use to anybody else meanwhile.
         store: KeyValueStore = module.PrefixStore(prefix, shared.clone())
         return store
 
-    session = meet(Mailbox(connect(name), rank, len(members), timeout_s), telling_s(timeout_s))
-    return Together(
-        Group(lambda: connect(f"{name}/{session}"), rank, len(members), timeout_s),
-        members,
-        group if read_once else None,
-    )
+    place = members.index(rank)
+    session = meet(Mailbox(connect(name), place, len(members), timeout_s))
+    joined = Group(lambda: connect(f"{name}/{session}"), place, len(members), timeout_s)
+    return Together(joined, members, group if read_once else None)

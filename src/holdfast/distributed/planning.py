@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from holdfast.distributed.cuts import Cuts
+from holdfast.errors import UnsupportedValueError
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import data_file_name, index_name, shard_name
 from holdfast.format.records import Piece, TensorRecord
@@ -205,14 +206,14 @@ class _Sharing:
         cell, owners = self.cuts.cells(sharding)
         if cell is None:
             self.loose[name] = [
-                (self.places[ranks[number % len(ranks)]], offset, shape)
+                (self._one_of(ranks, name, number), offset, shape)
                 for (offset, shape), ranks in self.cuts.boxes(sharding).items()
             ]
             writers = tuple(writer for writer, _, _ in self.loose[name])
         else:
             key = (id(owners), number % len(owners[0]))
             if key not in self._chosen:
-                self._chosen[key] = tuple(self.places[holders[number % len(holders)]] for holders in owners)
+                self._chosen[key] = tuple(self._one_of(holders, name, number) for holders in owners)
             writers = self._owners[name] = self._chosen[key]
         still = name in self._still
         if (still, id(writers)) not in self._known:
@@ -221,6 +222,17 @@ class _Sharing:
                 self.cells.setdefault((still, writer), _File(writer, set(), still))
         if self._known[still, id(writers)]:
             self.cells[still, self.rank].tensors.add(name)
+
+    def _one_of(self, holders: Sequence[int], name: str, number: int) -> int:
+        """Who of those that hold a part of a tensor writes it, as a place in the group: it may have only some."""
+        here = [self.places[holder] for holder in holders if holder in self.places]
+        if not here:
+            raise UnsupportedValueError(
+                f"{self.entry}.{name}: a part of it lies with rank {', '.join(map(str, holders))} alone, which is not "
+                "in the group that saves: save with a group (group=) whose processes hold all of it.",
+                key=f"{self.entry}.{name}",
+            )
+        return here[number % len(here)]
 
     def _give_names(self) -> None:
         files = [*self.whole, *(self.cells[key] for key in sorted(self.cells, key=lambda key: (not key[0], key[1])))]

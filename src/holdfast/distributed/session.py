@@ -28,17 +28,16 @@ class _Met(msgspec.Struct, frozen=True):
     missing: tuple[int, ...] = ()
 
 
-def meet(mailbox: Mailbox, patience_s: float) -> str:
+def meet(mailbox: Mailbox) -> str:
     """Find the other processes; returns the name of the session, which nobody before has used. Blocks.
 
     Args:
         mailbox: over a store that may hold messages of others.
-        patience_s: how much longer than its own time the coordinator is waited for: it tells who is missing.
 
     Raises:
         RankTimeoutError: a process did not come.
     """
-    return _announce(mailbox) if mailbox.rank == 0 else _answer(mailbox, mailbox.timeout_s + patience_s)
+    return _announce(mailbox) if mailbox.rank == 0 else _answer(mailbox)
 
 
 def _announce(mailbox: Mailbox) -> str:
@@ -60,9 +59,11 @@ def _announce(mailbox: Mailbox) -> str:
     return session
 
 
-def _answer(mailbox: Mailbox, timeout_s: float) -> str:
+def _answer(mailbox: Mailbox) -> str:
     own = secrets.token_hex(8)
     answered = ""
+    # The coordinator may come last, and then waits for others as long as always, and has to tell who is missing.
+    timeout_s = 2 * mailbox.timeout_s
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         if mailbox.has("session"):

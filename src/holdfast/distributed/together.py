@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,12 @@ import msgspec
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.company import Asked, Begin, Call, Due, Failed, Open, Verdict, take
+from holdfast.distributed.committing import open_elsewhere
 from holdfast.distributed.group import Group, again
 from holdfast.distributed.messages import Failure, rank_error
 from holdfast.distributed.reading_once import ReadOnce
-from holdfast.distributed.saving import SharedSaves, open_elsewhere
+from holdfast.distributed.rhythm import Rhythm
+from holdfast.distributed.saving import SharedSaves
 from holdfast.errors import CorruptCheckpointError, RankError, RanksDifferError
 from holdfast.preemption import Preempted
 from holdfast.run import Run
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _logger = logging.getLogger("holdfast")
-_SHARE = 0.01  # of the training's time, for meetings
-_LONGEST_S = 0.5  # between two meetings: a signal waits for the next one
 
 
 class _Said(msgspec.Struct, frozen=True):
@@ -67,15 +66,22 @@ class Together:
     Args:
         group: the processes.
         members: by rank in the group, the rank that meshes know a process by.
-        process_group: through which what all have whole is sent, when one of them has read it; None where each reads
-            for itself.
+        clock: a monotonic clock, in seconds.
     """
 
-    def __init__(self, group: Group, members: Sequence[int], process_group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        group: Group,
+        members: Sequence[int],
+        process_group: ProcessGroup | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._process_group = process_group
         self._group = group
         self._members = members
-        self._process_group = process_group
-        self._rhythm = _Rhythm()
+        self._clock = clock
+        self._rhythm = Rhythm(clock)
         self._told_of_metrics = False
 
     @property
@@ -90,16 +96,21 @@ class Together:
 
     # -------------------------------------------------------------------------------------------- begin and end
 
-    def enter(self, run: Run) -> None:
+    def enter(self, run: Run, arguments: Mapping[str, Any]) -> None:
         """See :class:`holdfast.company.Company`."""
-        self.decided("taking the run", lambda: take(run))
+
+        def decide(said: Sequence[Any]) -> None:
+            _refuse_different_arguments(said)
+            take(run)
+
+        self._group.agree("taking the run", arguments, decide)
 
     def exit(self, run: Run, error: BaseException | None) -> None:
         """See :class:`holdfast.company.Company`."""
         try:
             if error is None or isinstance(error, Preempted):
                 self._group.part()
-            elif not isinstance(error, (RankError, RanksDifferError)):
+            else:  # even what all should know of: one that goes on must not wait for this one
                 self._group.leave(error)
         except RankError as gone:
             _logger.debug("%s", gone)
@@ -127,7 +138,7 @@ class Together:
             if here:
                 yield lambda: here[0]
             else:
-                yield functools.partial(open_elsewhere, chosen["path"], chosen["id"], self._group.timeout_s)
+                yield functools.partial(open_elsewhere, chosen["path"], chosen["id"], self._group.timeout_s / 2)
 
     @property
     def fill(self) -> Fill:
@@ -180,10 +191,10 @@ class Together:
             None if asked is None else (asked.reason, asked.left_s, asked.interrupt),
             call.metrics,
         )
-        begin_s = time.monotonic()
+        begin_s = self._clock()
         answer = self._group.agree("a call of the training loop", said, lambda all_said: self._judge(all_said, due))
         told = msgspec.convert(msgspec.to_builtins(answer), _Told)
-        self._rhythm.met(time.monotonic() - begin_s, told.calm)
+        self._rhythm.met(self._clock() - begin_s, told.calm)
         if told.failures:
             return Verdict(failed=self._failed(told, failed))
         if told.asked is not None:
@@ -246,6 +257,19 @@ class Together:
             )
 
 
+def _refuse_different_arguments(said: Sequence[Mapping[str, Any]]) -> None:
+    """RanksDifferError where processes were given different arguments that have to be the same."""
+    for name, first in said[0].items():
+        differing = [rank for rank, other in enumerate(said) if other.get(name) != first]
+        if differing:
+            raise RanksDifferError(
+                f"{name}=: rank 0 has {first!r}, rank {differing[0]} has {said[differing[0]].get(name)!r}. Every "
+                "process has to construct the Checkpointer with the same arguments.",
+                ranks=differing,
+                key=name,
+            )
+
+
 def _damage_told(what: str, said: Sequence[tuple[str, str | None]]) -> str | None:
     differing = [rank for rank, (alike, _) in enumerate(said) if alike != said[0][0]]
     if differing:
@@ -268,37 +292,3 @@ def _asked_by_all(asking: Sequence[tuple[int, tuple[str, float | None, bool]]]) 
     serious = [(rank, asked) for rank, asked in asking if not asked[2]] or list(asking)
     rank, (reason, _, interrupt) = serious[0]
     return f"{reason} on rank {rank}", min((s for _, (_, s, _) in asking if s is not None), default=None), interrupt
-
-
-class _Rhythm:
-    """When the processes meet: all count the same calls, and the coordinator says how many pass until the next."""
-
-    def __init__(self) -> None:
-        self._calm = 0
-        self._cost_s = math.inf
-        self._called_s = 0.0
-        self._step_s = 0.0
-
-    def is_time(self, *, counted: bool) -> bool:
-        """Whether they meet at this call; one that is not counted, such as the end of an epoch, they never miss."""
-        now_s = time.monotonic()
-        if self._called_s:
-            self._step_s = now_s - self._called_s
-        self._called_s = now_s
-        if not counted:
-            self._calm = 0
-            return True
-        self._calm -= 1
-        return self._calm < 0
-
-    def met(self, took_s: float, calm: int) -> None:
-        """They met, which took some time, and will let so many calls pass."""
-        self._cost_s = min(self._cost_s, took_s)  # without the time that one waited for another
-        self._calm = calm
-        self._called_s = time.monotonic()
-
-    def calm(self) -> int:
-        """How many calls may pass: as many as it takes for meetings to cost little, and signals not to wait long."""
-        if not self._step_s or math.isinf(self._cost_s):
-            return 0
-        return int(min(self._cost_s / _SHARE, _LONGEST_S) / self._step_s)

@@ -50,6 +50,7 @@ class Saver:
         check: raises what failed since the last look.
         patience_s: how long to wait where no deadline is known.
         background: whether a save that takes too long can be left behind.
+        leads: whether this process speaks for the training, of several that leave together.
     """
 
     saved: Callable[[], SaveUnderWay | Checkpoint | None]
@@ -58,6 +59,7 @@ class Saver:
     check: Callable[[], None]
     patience_s: float
     background: bool
+    leads: bool = True
 
 
 class PreemptionWatch:
@@ -105,8 +107,9 @@ class PreemptionWatch:
         return None if request is None else Asked(request.reason, request.left_s(self._clock()), request.interrupt)
 
     def adopt(self, asked: Asked) -> None:
-        """What another process of the training was asked, this one is asked too."""
-        if self._flag.request is None:
+        """What another process of the training was asked, this one is asked too; none has more time than the others."""
+        mine = self.asked()
+        if mine is None or mine.interrupt > asked.interrupt or _sooner(asked.left_s, mine.left_s):
             self._flag.put_up(asked.reason, in_seconds=asked.left_s, interrupt=asked.interrupt)
 
     def request(self, reason: str) -> None:
@@ -180,7 +183,7 @@ class PreemptionWatch:
                 self._before(),
             )
         request = self._request
-        if self._config.requeue and not request.interrupt:
+        if self._config.requeue and not request.interrupt and saver.leads:
             slurm.requeue()
         self._left = True
         code = _INTERRUPTED if request.interrupt else self._config.exit_code
@@ -265,3 +268,7 @@ class PreemptionWatch:
     def _tell_of_notice(self, reason: str, in_seconds: float | None) -> None:
         self._flag.put_up(reason, in_seconds=in_seconds)
         _logger.warning("%s: %s; saving at the next step", self._run.path, reason)
+
+
+def _sooner(left_s: float | None, other_s: float | None) -> bool:
+    return left_s is not None and (other_s is None or left_s < other_s)

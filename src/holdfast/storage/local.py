@@ -193,17 +193,17 @@ class LocalStore:
         It is for that process to commit it, or to abort it.
         """
         with storage_errors("cannot save in", self.path):
-            parent = self._parent()
             try:
-                return LocalPending(self.path, parent, name, durable.open_directory(name, parent), joined=True)
-            except FileNotFoundError as error:
-                parent.close()
+                parent = self._parent()
+                try:
+                    return LocalPending(self.path, parent, name, durable.open_directory(name, parent), joined=True)
+                except BaseException:
+                    parent.close()
+                    raise
+            except FileNotFoundError as error:  # the run's own directory may be missing too: made a moment ago
                 raise CheckpointNotFoundError(
                     f"{self.path} has no save under way as {name}.", path=self.path
                 ) from error
-            except BaseException:
-                parent.close()
-                raise
 
     def log(self, line: bytes) -> None:
         """Append a line to ``events.jsonl``."""

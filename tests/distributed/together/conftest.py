@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from holdfast.distributed.group import Group
+from holdfast.distributed.together import Together
 from holdfast.state.capture import CapturedEntry, CapturedTensor
 from holdfast.state.sharding import Sharding
 
@@ -34,13 +35,17 @@ class Ranks:
         """The group, seen from one rank."""
         return Group(lambda: self._store, rank, size or self.size, self.timeout_s)
 
+    def company(self, rank: int) -> Together:
+        """The processes of a training, seen from one rank."""
+        return Together(self.group(rank), range(self.size))
+
     def run(self, work: Callable[[Group], Any], ranks: range | None = None) -> list[Any]:
         """What ``work`` returned on each rank; what it raised, where it did."""
 
         def one(rank: int) -> Any:
             try:
                 return work(self.group(rank))
-            except Exception as error:  # noqa: BLE001 - handed to whoever asked
+            except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 - handed to whoever asked
                 return error
 
         with ThreadPoolExecutor(self.size) as threads:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from holdfast.distributed.group import Group
 from holdfast.errors import (
@@ -75,6 +77,82 @@ def test_the_coordinator_does_not_come(ranks: Make) -> None:
     assert [error.ranks for error in errors] == [(0,), (0,)]
 
 
+def test_all_name_the_one_that_does_not_come(ranks: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that came long before the coordinator waits on, and hears whom all wait for."""
+    came = threading.Event()
+
+    def work(group: Group) -> Any:
+        if group.rank == 0:
+            assert came.wait(10)
+        else:
+            receive = group._mailbox.receive
+
+            def waiting(key: str, sender: int, what: str) -> Any:
+                try:
+                    return receive(key, sender, what)
+                finally:
+                    came.set()
+                    group._mailbox.timeout_s = 10.0  # now the coordinator waits
+                    group._mailbox.wait([key.replace("answer", "0")], lambda missing: [0], what)
+
+            monkeypatch.setattr(group._mailbox, "receive", waiting)
+        return group.agree("stepping")
+
+    errors = ranks(3, timeout_s=0.3).run(work, range(2))
+    assert [(type(error), error.ranks) for error in errors] == [(RankTimeoutError, (2,))] * 2, errors
+
+
+def test_one_that_comes_too_late(ranks: Make) -> None:
+    """It raises at once what the others raised, and those who go on go on together."""
+    given_up = threading.Event()
+
+    def work(group: Group) -> Any:
+        if group.rank == 2:
+            assert given_up.wait(10)
+        try:
+            group.agree("stepping")
+        except RankTimeoutError as error:
+            given_up.set()
+            group._mailbox.timeout_s = 10.0
+            return error.ranks, group.agree("again", group.rank, list)
+        return None
+
+    some = ranks(3, timeout_s=0.3)
+    assert some.run(work) == [((2,), [0, 1, 2])] * 3
+    assert some._store.num_keys() <= 4
+
+
+def test_an_answer_that_came_before_somebody_left(ranks: Make) -> None:
+    """Whoever has had the answer may leave at once: the others get it all the same."""
+    some = ranks(2)
+
+    class Late:
+        """A store that says once that there is no answer, when there is one and its sender has left."""
+
+        def __init__(self) -> None:
+            self.looks = 0
+
+        def check(self, keys: list[str]) -> bool:
+            self.looks += keys != ["left"]
+            return some._store.check(keys) and (keys == ["left"] or self.looks > 16)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(some._store, name)
+
+    some._store.set("0/answer", b'{"body":7}')
+    some.group(0).leave(ValueError("over"))
+    assert Group(Late, 1, 2, 5.0).agree("stepping") == 7
+
+
+def test_long_messages() -> None:
+    """PyTorch's store closes the connection of whoever sends more than 8 MiB: long ones are compressed."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    message = {f"model.layers.{number}.weight": "float32 [1024, 1024], whole" for number in range(200_000)}
+    mailbox = Group(store.clone, 0, 1, 5.0).mailbox()
+    mailbox.send("key", message)
+    assert mailbox.receive("key", 0, "comparing") == message
+
+
 def test_the_coordinator_cannot_decide(ranks: Make) -> None:
     """What it raised is raised by all, as what it is."""
 
@@ -142,3 +220,13 @@ def test_the_store_is_gone() -> None:
     """It is an error of ours, which says what that means."""
     with pytest.raises(RankError, match=r"the store of the process group does not answer.*Connection reset by peer$"):
         Group(Gone, 1, 2, 5).agree("stepping")
+
+
+def test_no_connection() -> None:
+    """Likewise where not even that can be made."""
+
+    def refused() -> Any:
+        raise RuntimeError("Connection refused")
+
+    with pytest.raises(RankError, match=r"does not answer.*Connection refused$"):
+        Group(refused, 1, 2, 5)

@@ -17,7 +17,7 @@ def all_meet(store: Any, size: int, ranks: range | None = None, timeout_s: float
 
     def one(rank: int) -> Any:
         try:
-            return meet(Mailbox(store, rank, size, timeout_s), 2.0)
+            return meet(Mailbox(store, rank, size, timeout_s))
         except RankTimeoutError as error:
             return error
 

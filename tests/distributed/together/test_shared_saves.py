@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from safetensors import safe_open
 import holdfast
 from holdfast.distributed.group import Group
 from holdfast.distributed.saving import SharedSaves
+from holdfast.distributed.share import Links
 from holdfast.errors import RankError, RanksDifferError, RankTimeoutError
 from holdfast.part import About
 from holdfast.state.capture import CapturedEntry
@@ -303,12 +307,13 @@ def test_whoever_gave_up_stops_the_commit(ranks: Make, cut: Any, captured: Make,
     assert holdfast.Run(tmp_path / "run").names() == []
 
 
-def test_a_directory_that_is_not_shared(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", [True, False])
+def test_a_directory_that_is_not_shared(ranks: Make, cut: Any, captured: Make, tmp_path: Path, made: bool) -> None:
     """One that writes somewhere else says so, and all raise it."""
 
     def work(group: Group) -> Any:
         store = LocalStore(tmp_path / f"disk of {group.rank}")
-        if group.rank:
+        if group.rank and made:
             (tmp_path / f"disk of {group.rank}").mkdir()
         saves = SharedSaves(group, range(2), store, {})
         save = saves.begin(lambda: captured({"w": cut(values((2, 2)), None)}, group.rank), About(step=3))
@@ -316,7 +321,174 @@ def test_a_directory_that_is_not_shared(ranks: Make, cut: Any, captured: Make, t
 
     results = ranks(2, timeout_s=0.4).run(work)
     assert [isinstance(result, RankError) for result in results] == [True] * 2, results
-    assert "one directory of a file system that they share" in str(results[1])
+    assert all("one directory of a file system that they share" in str(result) for result in results)
+
+
+def test_a_directory_that_comes_to_be_seen(
+    ranks: Make, cut: Any, captured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network it may take a moment until another machine sees a run that was just made, or a save in it."""
+    parent, unseen = LocalStore._parent, [True, True]
+
+    def look(store: LocalStore) -> Any:
+        if os.fspath(store.path).endswith(".") and unseen:
+            unseen.pop()
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return parent(store)
+
+    monkeypatch.setattr(LocalStore, "_parent", look)
+
+    def work(group: Group) -> Any:
+        store = LocalStore(f"{tmp_path}/run" + ("/." if group.rank else ""))
+        saves = SharedSaves(group, range(2), store, {})
+        saves.begin(lambda: captured({"w": cut(values((2, 2)), None)}, group.rank), About(step=3)).finish(
+            ["step-000000000003"]
+        )
+        return "saved"
+
+    assert ranks(2).run(work) == ["saved"] * 2
+    assert unseen == []
+
+
+def in_group(ranks: Make, members: tuple[int, ...], path: Path, capture: Callable[[int], Any]) -> list[Any]:
+    """What becomes of a save that some ranks of a larger world make."""
+
+    def work(group: Group) -> Any:
+        saves = SharedSaves(group, members, LocalStore(path), {})
+        save = saves.begin(lambda: capture(members[group.rank]), About(step=3))
+        return save.finish(["step-000000000003"])
+
+    return list(ranks(len(members)).run(work))
+
+
+def held_open(path: Path) -> list[str]:
+    """What this process has open in a directory."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(entry.readlink())
+    return [str(place) for place in found if place.is_relative_to(path)]
+
+
+@pytest.mark.parametrize("how", ["rows, twice", "strided rows, twice"])
+def test_a_group_that_holds_all(ranks: Make, whole: Make, cut: Any, captured: Make, tmp_path: Path, how: str) -> None:
+    """Of a mesh of four, two hold everything: they save it, whichever rank their meshes call them."""
+    shape = (8, 8) if how == "rows, twice" else (6, 3)
+    sharding = (
+        mesh(shape, REPLICATED, Placement(0))
+        if how == "rows, twice"
+        else Sharding(shape, (2, 1, 2), WORLD, (REPLICATED, Placement(0, 2), Placement(0)))
+    )
+    tensors = {f"w{n}": cut(values(shape, n), sharding) for n in range(4)}
+    results = in_group(ranks, (2, 3), tmp_path / "run", lambda rank: captured(tensors, rank))
+    assert [type(result).__name__ for result in results] == ["Checkpoint", "function"], results
+    checkpoint = whole()
+    for name, tensor in tensors.items():
+        assert checkpoint.read(f"model/{name}").tolist() == tensor.whole.tolist()
+
+
+def test_a_group_that_does_not(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """It is told which tensor lies elsewhere, and nothing is left: no file, and nothing open."""
+    tensors = {"w": cut(values((8, 8)), mesh((8, 8), REPLICATED, Placement(0)))}
+    results = in_group(ranks, (0, 2), tmp_path / "run", lambda rank: captured(tensors, rank))
+    assert [type(result) for result in results] == [RankError] * 2
+    assert "model.w: a part of it lies with rank 1, 3 alone, which is not in the group" in str(results[0])
+    assert list((tmp_path / "run").iterdir()) == []
+    assert held_open(tmp_path) == []
+
+
+def test_the_coordinator_fails_before_others_join(
+    ranks: Make, cut: Any, captured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They find the directory all the same, and do not take it for one that they do not see."""
+    failed, join = threading.Event(), LocalStore.join
+
+    def fail(links: Links, *arguments: object) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+
+    def joining(store: LocalStore, name: str) -> LocalPending:
+        assert failed.wait(20)
+        return join(store, name)
+
+    monkeypatch.setattr(LocalStore, "join", joining)
+
+    def work(group: Group) -> Any:
+        saves = SharedSaves(group, range(2), LocalStore(tmp_path / "run"), {})
+        if group.is_coordinator:
+            monkeypatch.setattr(saves._links, "unchanged", lambda *arguments: fail(saves._links))
+        save = saves.begin(lambda: captured({"w": cut(values((2, 2)), None)}, group.rank), About(step=3))
+        return save.finish(["step-000000000003"])
+
+    results = ranks(2).run(work)
+    assert [(type(result), result.ranks) for result in results] == [(RankError, (0,))] * 2, results
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (5, 3), (1, 2)], ids=str)
+def test_each_sees_a_mesh_of_its_own(
+    ranks: Make, whole: Make, cut: Any, captured: Make, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """FSDP2 within tensor parallelism: a norm is cut over ranks 0 and 2, and once more over 1 and 3."""
+    owners = {0: (0, 2), 1: (1, 3), 2: (0, 2), 3: (1, 3)}
+
+    def capture(rank: int) -> Any:
+        tensors = {f"norm{n}": cut(values(shape, n), sharded(shape, 0, owners[rank])) for n in range(4)}
+        tensors["linear"] = cut(values((8, 8)), mesh((8, 8), Placement(0), Placement(1)))
+        return captured(tensors, rank)
+
+    results = in_group(ranks, WORLD, tmp_path / "run", capture)
+    assert [type(result).__name__ for result in results] == ["Checkpoint"] + ["function"] * 3, results
+    checkpoint = whole()
+    for n in range(4):
+        assert checkpoint.read(f"model/norm{n}").tolist() == values(shape, n).tolist()
+    assert checkpoint.read("model/linear").tolist() == values((8, 8)).tolist()
+    names: list[str] = []
+    for file in checkpoint.files:
+        if file.endswith(".safetensors"):
+            with safe_open(f"{checkpoint.path}/{file}", "pt") as opened:
+                names += [name for name in opened.keys() if name.startswith("norm")]  # noqa: SIM118 - no mapping
+    assert len(names) == 4 * min(2, shape[0]), "a cell is there twice"
+
+
+def test_a_mesh_that_changes_on_one(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """Between two saves one rank's tensors come to lie in another mesh: all plan anew, from what each has now."""
+
+    def work(group: Group) -> Any:
+        saves = SharedSaves(group, range(4), LocalStore(tmp_path / "run"), {})
+        for step in (1, 2, 3):
+            # The order of the ranks is what each of them says it is; only at step 2 do pairs swap their rows.
+            pair = (0, 2) if group.rank % 2 == 0 else (1, 3)
+            pair = pair[::-1] if step == 2 and group.rank % 2 else pair
+            tensors = {"w": cut(values((4, 2), step), sharded((4, 2), 0, pair))}
+            save = saves.begin(lambda tensors=tensors: captured(tensors, group.rank), About(step=step))
+            save.finish([f"step-{step:012d}"])
+        return "saved"
+
+    assert ranks(4).run(work) == ["saved"] * 4
+    for checkpoint in holdfast.Run(tmp_path / "run"):
+        assert checkpoint.read("model/w").tolist() == values((4, 2), checkpoint.step).tolist()
+
+
+def test_messages_of_saves_are_forgotten(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:
+    """Those of saves that failed, too."""
+    some = ranks(2)
+
+    def work(group: Group) -> None:
+        saves = SharedSaves(group, range(2), LocalStore(tmp_path / "run"), {})
+        for step in range(1, 13):
+
+            def capture(step: int = step) -> Any:
+                if step % 3 == 0 and group.rank:
+                    raise TypeError("not this time")
+                return captured({"w": cut(values((2, 2)), None)}, group.rank)
+
+            with contextlib.suppress(RankError):
+                saves.begin(capture, About(step=step)).finish([f"step-{step:012d}"])
+
+    assert some.run(work) == [None] * 2
+    assert some._store.num_keys() <= 4 + 3
 
 
 def test_frozen_tensors_are_linked(ranks: Make, cut: Any, captured: Make, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The small GPT on several processes, its parameters and its optimizer's state sharded over them by FSDP2.
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nproc-per-node=2 --max-restarts=3 examples/fsdp.py
 
 What differs from a training on one process is PyTorch's: the process group, ``fully_shard``, a share of the data for
 each rank. The ``Checkpointer`` is the same on every rank. Kill any process, or all of them: torchrun, or the same line
 typed again, continues with the bits of a run that nobody stopped. Give another ``--nproc-per-node``, and it continues
-with the same samples in the same batches.
+with the same samples in the same batches. (The variable has each restart begin with a store of its own, see
+docs/distributed.md.)
 """
 
 from __future__ import annotations

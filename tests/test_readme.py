@@ -1,8 +1,12 @@
-"""What the README shows works as it is shown."""
+"""What the README shows works as it is shown, and so does the script of docs/distributed.md."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,31 @@ from holdfast import Run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+A_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+BLOCKS = A_BLOCK.findall(README)
+SCRIPT, SHARDED, *_ = A_BLOCK.findall((ROOT / "docs/distributed.md").read_text(encoding="utf-8"))
+BEFORE = """
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from holdfast import Checkpointer
+from holdfast.data import ResumableDataLoader
+
+torch.manual_seed(0)
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+dataset = torch.utils.data.TensorDataset(torch.ones(256, 2))
+
+def train(loader, ckpt):
+    for epoch in range(ckpt.epoch, 2):
+        for (x,) in loader:
+            model(x).sum().backward()
+            optimizer.step()
+            ckpt.step()
+        ckpt.end_epoch()
+    if dist.get_rank() == 0:
+        print(f"{ckpt.epoch} epochs, {ckpt.global_step} steps, on {dist.get_world_size()} ranks")
+"""
 
 
 def surroundings() -> dict[str, Any]:
@@ -73,7 +101,7 @@ def test_the_other_blocks(trained: Path) -> None:
     import safetensors.torch
 
     names = {**surroundings(), "safetensors": safetensors}
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     exec(BLOCKS[1], names)
     assert list(names["weights"]) == ["weight", "bias"]
     exec(BLOCKS[2], names)
@@ -81,6 +109,51 @@ def test_the_other_blocks(trained: Path) -> None:
     assert names["checkpoint"].metrics == {"val_loss": 0.12}
     exec(BLOCKS[3], names)
     assert names["save_checkpoint"] is holdfast.classic.save_checkpoint
+
+
+def on_two_ranks(script: str, directory: Path) -> str:
+    """What a script prints on two ranks; both end well."""
+    (directory / "train.py").write_text(script, encoding="utf-8")
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    start += ["--rdzv-endpoint=localhost:0", "--monitor-interval=0.1"]
+    alone = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(holdfast.__file__).parents[1])}
+    ended = subprocess.run(
+        [*start, "train.py"],
+        cwd=directory,
+        env=os.environ | alone,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_more_than_one_process(tmp_path: Path) -> None:
+    """The lines that differ are all that is needed."""
+    assert (
+        on_two_ranks(BEFORE + BLOCKS[4] + "dist.destroy_process_group()\n", tmp_path)
+        == "2 epochs, 8 steps, on 2 ranks\n"
+    )
+
+
+def test_the_script_of_many_processes(tmp_path: Path) -> None:
+    """It trains under DDP; when its last checkpoint is gone, the variant with FSDP2 makes what is missing."""
+    library, line = SHARDED.strip().split("\n\n")
+    sharded = SCRIPT.replace("from torch.nn.parallel import DistributedDataParallel", library)
+    sharded = sharded.replace("model = DistributedDataParallel(model)", line)
+    assert sharded.count("fully_shard") == 2
+    told = "5 epochs, 40 steps, on 2 ranks\n"
+    assert on_two_ranks(SCRIPT, tmp_path) == told
+    run = Run(tmp_path / "runs/many")
+    assert [checkpoint.step for checkpoint in run] == [24, 32, 40]
+    shutil.rmtree(run[40].path)
+
+    assert on_two_ranks(sharded, tmp_path) == told
+
+    assert run[40].parent == run[32].checkpoint_id
+    assert len(list(Path(run[40].path).glob("model-*.safetensors"))) > 1
 
 
 def test_what_it_refers_to_is_there() -> None:

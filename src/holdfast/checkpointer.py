@@ -58,7 +58,7 @@ class Checkpointer:
     Not thread-safe: it belongs to the thread that trains. A forked process, such as a loader's worker, cannot save.
 
     Args:
-        path: the directory of the run; made when it is missing. One process at a time writes a run.
+        path: the directory of the run; made when it is missing. One training at a time writes a run.
         state: names to everything that the training is made of, as for :func:`holdfast.save`. Random-number
             generators, step and epoch are saved without being named.
         save: when to save; every ten minutes by default.

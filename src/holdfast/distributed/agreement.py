@@ -120,7 +120,8 @@ def refuse_differences(details: Sequence[Mapping[str, str]]) -> None:
         "what every process should have alike differs, and nothing was saved:\n"
         + "\n".join(lines)
         + more
-        + "\nMake it the same on all, or say that each has its own: holdfast.distributed.PerRank(value) in the state.",
+        + "\nMake it the same on all: buffers of a module, such as BatchNorm's, by SyncBatchNorm or all_reduce. Of a "
+        "plain value, PerRank(value) in the state (holdfast.distributed.PerRank) says that each has its own.",
         ranks=ranks,
         key=found[0] if found else None,
     )

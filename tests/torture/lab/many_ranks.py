@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from holdfast.collector import collector_paused
-from holdfast.distributed import saving
+from holdfast.distributed import share
 from holdfast.distributed.group import Group
 from holdfast.distributed.messages import KeyValueStore
+from holdfast.distributed.saving import SharedSaves
 from holdfast.format import manifest as manifests
 from holdfast.format.names import RANKS_ENTRY
 from holdfast.format.records import CHUNK_BYTES, FileRecord
@@ -196,8 +197,8 @@ def save_as_coordinator(ranks: int, tensors: int, *, memory: bool = False) -> Co
     others = _Others(costs, ranks)
     group = Group(lambda: cast(KeyValueStore, others), 0, ranks, 60)
     state = state_of(ranks, tensors)
-    saves = saving.SharedSaves(group, range(ranks), cast(Store, _Store(costs)), {})
-    module: Any = saving
+    saves = SharedSaves(group, range(ranks), cast(Store, _Store(costs)), {})
+    module: Any = share
     reopen = module.reopen_checkpoint
     module.reopen_checkpoint = lambda store, name, manifest: _Named(name)
     if memory:

@@ -306,6 +306,35 @@ def test_a_module_is_restored_from_it(tmp_path: Path) -> None:
     assert same(dict(module.state_dict()), dict(other.state_dict()))
 
 
+def test_a_training_goes_on_from_it(tmp_path: Path) -> None:
+    """Model and optimizer that DCP saved are restored by Holdfast, though DCP calls parameters by shorter names."""
+
+    def trained(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * (seed + 1))
+        for _ in range(3):
+            model(torch.randn(5, 3)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    model, optimizer = trained(0)
+    whole = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    save(whole, tmp_path / "saved", step=3)
+    other, others = trained(1)
+
+    report = holdfast.restore(tmp_path / "saved", {"model": other, "optimizer": others}, generators=False)
+
+    assert (report.missing, report.unexpected, report.fresh) == ((), (), ())
+    assert others.param_groups[0]["lr"] == 0.1
+    for one, another in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, another)
+        assert {name: slot.tolist() for name, slot in optimizer.state[one].items()} == {
+            name: slot.tolist() for name, slot in others.state[another].items()
+        }
+
+
 def test_it_may_be_a_checkpoint_of_a_run(tmp_path: Path) -> None:
     """Under the name that a run gives it, which says the step."""
     save({"x": {"a": torch.ones(1)}}, tmp_path / "run" / "step-000000000040")

@@ -20,7 +20,7 @@ EPOCHS, STEPS, ACCUMULATE = 5, 10, 2
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}  # and how the process ends
 FURTHEST_STEPS = 0.8
 TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
-EACH = 20 if TORTURE else 8
+EACH = 20 if TORTURE else 4
 # Each seed is another choice of moments: one by default, more in `make torture`.
 SEEDS = range(10 if TORTURE else 1)
 

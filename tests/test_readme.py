@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,11 @@ def test_more_than_one_process(tmp_path: Path) -> None:
     )
 
 
-def test_the_script_of_many_processes(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_script_of_many_processes(tmp_path: Path, count: Callable[[int, int], int]) -> None:
     """It trains under DDP; when its last checkpoint is gone, the variant with FSDP2 makes what is missing."""
+    if not count(0, 1):
+        pytest.skip("in make torture")
     library, line = SHARDED.strip().split("\n\n")
     sharded = SCRIPT.replace("from torch.nn.parallel import DistributedDataParallel", library)
     sharded = sharded.replace("model = DistributedDataParallel(model)", line)

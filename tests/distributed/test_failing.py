@@ -22,7 +22,7 @@ def steps(directory: Path) -> list[int]:
     return sorted({checkpoint.step for checkpoint in Run(directory / "run")})
 
 
-@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("rank", [0, 3])
 def test_a_full_disk_on_one_rank(rank: int, launch: Launch, tmp_path: Path) -> None:
     """All raise an error that names the rank and says that there is no space; earlier checkpoints are intact."""
     launch("train", tmp_path, 4, stop=2, **SETTINGS)

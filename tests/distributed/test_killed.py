@@ -56,7 +56,7 @@ def test_any_rank_is_killed_at_any_moment(
     assert list(differences(whole, usual, directory)) == []
     tried = Kills(launch, random.Random(case), whole, usual, KINDS, fresh, arguments)
 
-    tried.run(count(2, 40))
+    tried.run(count(1, 40))
 
     record_property("count: ranks killed at random moments", tried.done.total())
 

@@ -37,7 +37,7 @@ from holdfast.format import manifest as manifests
 
 CPU_S = 1.0
 """What a reader may take, on a machine on which `_unit_s` is `UNIT_S`: elsewhere, or while it is busy, as much more."""
-UNIT_S = 0.005
+UNIT_S = 0.003
 ATTEMPTS = 3  # a machine may become busy in the middle of one
 WALL_S = 60
 GROWTH_BYTES = 256 * 2**20
@@ -238,7 +238,12 @@ class _TooLongError(BaseException):
     pass
 
 
+_expired: list[int] = []
+"""Signals that came: what they raise may be swallowed, where it is raised in a callback."""
+
+
 def _too_long(number: int, frame: object) -> None:
+    _expired.append(number)
     raise _TooLongError
 
 
@@ -271,6 +276,8 @@ def _attempt(name: str, path: Path, watch: _Watch) -> tuple[str, str, list[str]]
     """Run one reader: the class of its error and what that said, and what it did that a reader does not do."""
     error, message = "", ""
     seen: list[str] = []
+    _expired.clear()
+    watch.seen.clear()
     may_s = CPU_S * max(1.0, min(_unit_s() for _ in range(3)) / UNIT_S)
     # Where it is in C all the time, no handler of ours is called: the kernel ends it.
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + may_s) + 5, resource.RLIM_INFINITY))
@@ -282,7 +289,7 @@ def _attempt(name: str, path: Path, watch: _Watch) -> tuple[str, str, list[str]]
         message = str(result) if isinstance(result, int) else ""
         del result
     except _TooLongError:
-        error, message = "too long", f"more than {may_s:.1f} s of CPU time, or {WALL_S} s"
+        pass
     except BaseException as caught:  # noqa: BLE001 - what it may be is what is tested
         seen = list(watch.seen)  # without what is opened to show it
         error, message = type(caught).__name__, str(caught)[:2000]
@@ -292,6 +299,8 @@ def _attempt(name: str, path: Path, watch: _Watch) -> tuple[str, str, list[str]]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
+    if _expired:
+        error, message = "too long", f"more than {may_s:.1f} s of CPU time, or {WALL_S} s"
     return error, message, seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -17,9 +18,15 @@ from lab.ranks_moments import KINDS, Kill
 SETTINGS: dict[str, Any] = {"epochs": 2}
 
 
+TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
+EVERY = [(layout, size) for layout, sizes in WORLD_SIZES.items() for size in sizes if size in (1, sizes[-1])]
+REPEATED = EVERY if TORTURE else [("ddp", 4), ("fsdp+tp", 4)]
+FORGOTTEN = ["generators", "loader", "optimizer"] if TORTURE else ["generators"]
+
+
 @pytest.mark.parametrize(
     ("layout", "world_size"),
-    [(layout, size) for layout, sizes in WORLD_SIZES.items() for size in sizes[-1:]],
+    REPEATED,
 )
 def test_a_training_repeats_itself(
     layout: str, world_size: int, launch: Launch, undisturbed: Callable[..., Outcome], tmp_path: Path
@@ -94,7 +101,7 @@ def test_a_good_way_to_save_passes(kills: Callable[..., Kills]) -> None:
     assert tried.done.total() == 4
 
 
-@pytest.mark.parametrize("forget", ["generators", "loader", "optimizer"])
+@pytest.mark.parametrize("forget", FORGOTTEN)
 def test_what_is_forgotten_is_found(forget: str, kills: Callable[..., Kills]) -> None:
     """A way to save that does not restore everything does not pass."""
     with pytest.raises(AssertionError, match=r"rank 0 repeated another batch|rank 0: gathered"):

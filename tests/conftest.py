@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import xxhash
 from hypothesis import HealthCheck, settings
+from lab import TORTURE
 from lab.sharded import Array, Cells, Pieces, write_sharded
 
 from holdfast.errors import Damage
@@ -29,7 +30,6 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 ROOT = Path(__file__).parents[1]
-TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
 
 # No test asserts a time. By default the same examples each time, so that a failure is nobody's luck; new ones in
 # `make torture`.

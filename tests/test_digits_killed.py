@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import signal
 from collections.abc import Callable
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import TORTURE
 
 from holdfast import Run
 
 EPOCHS = 12
-TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
 KILLS = 20 if TORTURE else 10
 KILLS_PER_TRAINER = 10  # then the next comes out of a process of its own, with its own seed of hashes
 # Each seed is another choice of moments: one by default, which takes a minute, more in `make torture`.

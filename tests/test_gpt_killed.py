@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 from collections import Counter
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import TORTURE
 
 from holdfast import Run
 
 EPOCHS, STEPS, ACCUMULATE = 5, 10, 2
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}  # and how the process ends
 FURTHEST_STEPS = 0.8
-TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
 EACH = 20 if TORTURE else 4
 # Each seed is another choice of moments: one by default, more in `make torture`.
 SEEDS = range(10 if TORTURE else 1)

@@ -422,7 +422,7 @@ class Checkpointer:
     def _drain_together(self, writer: Writer, timeout_s: float) -> None:
         with self._company.all_succeed("waiting for the save under way"):
             writer.drain(timeout_s)
-        self._unsaved = self._unsaved or (self._last is not None and self._last.failed())
+        self._count_lost()
 
     def _submit(self, reason: str) -> SaveHandle:
         writer = self._in_block()
@@ -445,8 +445,12 @@ class Checkpointer:
         try:
             writer.check(known=self._company.size > 1 and not drained)
         except BaseException:
-            self._unsaved = self._unsaved or (self._last is not None and self._last.failed())
+            self._count_lost()
             raise
+
+    def _count_lost(self) -> None:
+        """When the last save failed, there is something to save again."""
+        self._unsaved = self._unsaved or (self._last is not None and self._last.failed())
 
     def _keep_metrics(self) -> None:
         """Give metrics for which no save was due to the checkpoint of this step, if there is one."""

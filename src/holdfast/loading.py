@@ -14,7 +14,7 @@ from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
 from holdfast.collector import collector_paused
 from holdfast.errors import UsageError
 from holdfast.format import tree
-from holdfast.state.leaves import Fill, SavedArray, SavedLeaves, SavedTensor, fill, map_leaves
+from holdfast.state.leaves import SavedArray, SavedLeaves, SavedTensor, fill, map_leaves
 from holdfast.state.ranks import SavedRanks, decoded
 from holdfast.state.report import RestoreReport
 from holdfast.state.restore import restore_state
@@ -127,34 +127,6 @@ def restore(
         CheckpointNotFoundError: there is none.
         UsageError: ``only`` or ``override`` names what is not there; nothing was touched.
     """
-    return restore_by(
-        fill,
-        path,
-        state,
-        strict=strict,
-        generators=generators,
-        only=only,
-        override=override,
-        rank=rank,
-        world_size=world_size,
-        per_rank=per_rank,
-    )
-
-
-def restore_by(
-    fill: Fill,
-    path: str | os.PathLike[str] | Checkpoint,
-    state: Mapping[str, Any],
-    *,
-    strict: bool = True,
-    generators: bool | None = None,
-    only: Iterable[str] | None = None,
-    override: Mapping[str, Any] | None = None,
-    rank: int | None = None,
-    world_size: int | None = None,
-    per_rank: Literal["error", "reassign", "reseed"] = "error",
-) -> RestoreReport:
-    """As :func:`restore`, but ``fill`` reads the tensors."""
     with collector_paused():
         place = _place(rank, world_size)
         checkpoint = path if isinstance(path, Checkpoint) else open(path)
@@ -163,12 +135,11 @@ def restore_by(
             state,
             strict=strict,
             generators=only is None if generators is None else generators,
-            only=None if only is None else _chosen(checkpoint, state, only),
+            only=None if only is None else chosen_entries(checkpoint, state, only),
             override=override,
             rank=place[0],
             world_size=place[1],
             per_rank=per_rank,
-            fill=fill,
         )
 
 
@@ -197,8 +168,8 @@ def _values_of_rank(checkpoint: Checkpoint, rank: int, device: str | torch.devic
     return {entry: value for entry, value in ranks.values(rank, device).items() if not entry.startswith("_")}
 
 
-def _chosen(checkpoint: Checkpoint, state: Mapping[str, Any], only: Iterable[str]) -> frozenset[str]:
-    """The entries that are to be restored."""
+def chosen_entries(checkpoint: Checkpoint, state: Mapping[str, Any], only: Iterable[str]) -> frozenset[str]:
+    """The entries that are to be restored; UsageError where a name of ``only`` is not in both."""
     names = [only] if isinstance(only, str) else list(only)
     ranks = SavedRanks.of(checkpoint)
     every = [*checkpoint.manifest.state, *(() if ranks is None else sorted(ranks.entries))]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name
+from holdfast.collector import collector_paused
 from holdfast.company import Alone, Company
 from holdfast.errors import (
     CheckpointExistsError,
@@ -18,11 +19,12 @@ from holdfast.errors import (
     StorageError,
     UsageError,
 )
-from holdfast.loading import restore_by
+from holdfast.loading import chosen_entries
 from holdfast.policies import KeepBest
 from holdfast.progress import Progress, origin_of
 from holdfast.run import Broken, Retention, Run, ranked_by
 from holdfast.state.report import RestoreReport
+from holdfast.state.restore import restore_state
 
 _logger = logging.getLogger("holdfast")
 
@@ -157,26 +159,30 @@ def _resume_from(
     company: Company,
     per_rank: PerRankPolicy,
 ) -> Resumed:
-    where: dict[str, Any] = {"rank": company.rank, "world_size": company.size, "per_rank": per_rank}
     own = checkpoint.path.startswith(run.path + os.sep)
-    if resume.only is not None and not own:
-        progress = Progress(origin=origin_of(checkpoint), overrides=dict(resume.override))
-        report = restore_by(
-            company.fill,
-            checkpoint,
-            state,
-            only=resume.only,
-            strict=resume.strict,
-            override=resume.override,
-            **where,
-        )
+    only = None if own else resume.only
+    if only is not None:
+        progress = Progress(origin=origin_of(checkpoint))
+        override = resume.override
     else:
         progress = Progress.saved_in(checkpoint)
-        fresh = {path: value for path, value in resume.override.items() if not _is_set(progress, path, value)}
-        report = restore_by(company.fill, checkpoint, state, override=fresh, **where)
-        progress.overrides = dict(resume.override)
+        override = {path: value for path, value in resume.override.items() if not _is_set(progress, path, value)}
         if not own:
             progress.origin = origin_of(checkpoint)
+    with collector_paused():
+        report = restore_state(
+            checkpoint,
+            state,
+            strict=only is None or resume.strict,
+            generators=only is None,
+            only=None if only is None else chosen_entries(checkpoint, state, only),
+            override=override,
+            rank=company.rank,
+            world_size=company.size,
+            per_rank=per_rank,
+            fill=company.fill,
+        )
+    progress.overrides = dict(resume.override)
     _note_differences(report)
     return Resumed(checkpoint, report, checkpoint.run_id if own else None, progress)
 

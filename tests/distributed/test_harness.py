@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import TORTURE
 from lab.ranks import Launch, Outcome
 from lab.ranks_kills import Kills, differences
 from lab.ranks_model import WORLD_SIZES
@@ -18,7 +18,6 @@ from lab.ranks_moments import KINDS, Kill
 SETTINGS: dict[str, Any] = {"epochs": 2}
 
 
-TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
 EVERY = [(layout, size) for layout, sizes in WORLD_SIZES.items() for size in sizes if size in (1, sizes[-1])]
 REPEATED = EVERY if TORTURE else [("ddp", 4), ("fsdp+tp", 4)]
 FORGOTTEN = ["generators", "loader", "optimizer"] if TORTURE else ["generators"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import TORTURE
 from lab.ranks import Launch, Outcome
 from lab.ranks_kills import Kills, differences
 from lab.ranks_moments import Kill
 
 from holdfast import Run
 
-TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
 KINDS = {"step": 1.0, "forward": 1.0, "disk": 3.0, "message": 3.0}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp, 2 ranks": (2, {"layout": "ddp", "batch_norm": True}),

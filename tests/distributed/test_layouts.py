@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import TORTURE
 from lab.ranks import Launch, Outcome
 from lab.ranks_model import WORLD_SIZES, Small
 from lab.ranks_training import digest
@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 import holdfast
 from holdfast import Run
 
-TORTURE = os.environ.get("HOLDFAST_TORTURE", "0") != "0"
 EVERY = [(layout, size) for layout, sizes in WORLD_SIZES.items() for size in sizes]
 SAMPLE = [
     (("ddp", 2), ("tp", 4)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -16,7 +17,9 @@ from holdfast.distributed.messages import Failure, Mailbox, rank_error
 from holdfast.errors import CheckpointNotFoundError, RankError, RankTimeoutError
 from holdfast.format.records import FileRecord, TensorRecord
 
-PAUSE_S = 0.05
+T = TypeVar("T")
+
+_PAUSE_S = 0.05
 """Between two looks for what another machine made."""
 _COMMIT, _GIVEN_UP = "commit", "given up"
 
@@ -145,19 +148,30 @@ def open_elsewhere(path: str, checkpoint_id: str, timeout_s: float) -> Checkpoin
         RankTimeoutError: it did not come to be seen.
         CorruptCheckpointError, StorageError: it cannot be read.
     """
+
+    def look() -> Checkpoint:
+        checkpoint = open(path)
+        if checkpoint.checkpoint_id != checkpoint_id:
+            raise CheckpointNotFoundError(f"it has the id {checkpoint.checkpoint_id}, expected {checkpoint_id}")
+        return checkpoint
+
+    try:
+        return seen_in_time(look, timeout_s)
+    except CheckpointNotFoundError as error:
+        raise RankTimeoutError(
+            f"rank 0 sees {path}, and this process did not within {timeout_s:g} s: {error}. All processes of the "
+            "group have to see one file system.",
+            path=path,
+        ) from error
+
+
+def seen_in_time(look: Callable[[], T], timeout_s: float) -> T:
+    """What ``look`` finds, of what another machine made a moment ago: CheckpointNotFoundError when it never does."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
-            checkpoint = open(path)
-            if checkpoint.checkpoint_id == checkpoint_id:
-                return checkpoint
-            found = f"it has the id {checkpoint.checkpoint_id}, expected {checkpoint_id}"
-        except CheckpointNotFoundError as error:
-            found = str(error)
-        if time.monotonic() >= deadline_s:
-            raise RankTimeoutError(
-                f"rank 0 sees {path}, and this process did not within {timeout_s:g} s: {found}. All processes of the "
-                "group have to see one file system.",
-                path=path,
-            )
-        time.sleep(PAUSE_S)
+            return look()
+        except CheckpointNotFoundError:
+            if time.monotonic() >= deadline_s:
+                raise
+        time.sleep(_PAUSE_S)

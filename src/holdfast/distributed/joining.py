@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from holdfast.company import Alone, Company
-from holdfast.distributed.group import Group
-from holdfast.distributed.messages import KeyValueStore, Mailbox
-from holdfast.distributed.session import meet
-from holdfast.distributed.together import Together
 from holdfast.errors import UsageError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from holdfast.distributed.messages import KeyValueStore
 
 _blocks: Counter[str] = Counter()
 """Of this process, by group. Those of a group enter its blocks in one order, so that a block has one number for all;
@@ -63,6 +60,18 @@ def company_of(group: ProcessGroup | str | None, timeout_s: float, *, read_once:
         raise UsageError(f"group=: this process, rank {rank}, is not among {members}.", key="group")
     if len(members) == 1:
         return Alone()
+    return _joined(module, group, members, timeout_s, read_once=read_once)
+
+
+def _joined(module: Any, group: Any, members: Sequence[int], timeout_s: float, *, read_once: bool) -> Company:
+    # Only here: a training of one process starts without them.
+    import xxhash
+
+    from holdfast.distributed.group import Group
+    from holdfast.distributed.messages import Mailbox
+    from holdfast.distributed.session import meet
+    from holdfast.distributed.together import Together
+
     who = xxhash.xxh3_64_hexdigest(repr(members).encode())
     _blocks[who] += 1
     name = f"holdfast/{who}/{_blocks[who]}"
@@ -73,7 +82,7 @@ def company_of(group: ProcessGroup | str | None, timeout_s: float, *, read_once:
         store: KeyValueStore = module.PrefixStore(prefix, shared.clone())
         return store
 
-    place = members.index(rank)
+    place = members.index(module.get_rank())
     session = meet(Mailbox(connect(name), place, len(members), timeout_s))
     joined = Group(lambda: connect(f"{name}/{session}"), place, len(members), timeout_s)
     return Together(joined, members, group if read_once else None)

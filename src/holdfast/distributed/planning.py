@@ -34,13 +34,11 @@ class SharedPlan:
         mine: the files of this process, and the records of all tensors but loose ones; indexes on rank 0 only.
         layouts: for the manifest.
         loose: by entry and name, tensors that are not cut evenly. Where their pieces lie, each writer has to say.
-        nbytes: by rank, about how much each writes of whole tensors.
     """
 
     mine: Plan
     layouts: dict[str, tuple[str, ...]]
     loose: dict[str, dict[str, Loose]]
-    nbytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +93,7 @@ def plan_files(
         for file in sharing.of(rank):
             layout = whole.get(file.name) or layout_of(content, file.tensors, file.still)
             files.append(FilePlan(file.name, entry, frozenset(file.tensors), layout, file.still))
-    return SharedPlan(Plan(tuple(files), indexes if rank == 0 else {}, records), layouts, loose, tuple(load))
+    return SharedPlan(Plan(tuple(files), indexes if rank == 0 else {}, records), layouts, loose)
 
 
 @dataclass(slots=True)

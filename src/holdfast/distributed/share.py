@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from holdfast.checkpoint import Checkpoint, reopen_checkpoint
 from holdfast.company import Open
-from holdfast.distributed.committing import PAUSE_S, Ending, Report, open_elsewhere
+from holdfast.distributed.committing import Ending, Report, open_elsewhere, seen_in_time
 from holdfast.distributed.group import Group
 from holdfast.distributed.messages import Failure
 from holdfast.distributed.planning import SharedPlan
@@ -171,18 +170,15 @@ class SharedSave:
 
     def _joined(self, directory: str) -> PendingCheckpoint:
         """The directory that the coordinator made: it may take a moment until another machine sees it."""
-        deadline_s = time.monotonic() + self._group.timeout_s / 2  # the others shall hear of it before they give up
-        while True:
-            try:
-                return self._store.join(directory)
-            except CheckpointNotFoundError as error:
-                if time.monotonic() >= deadline_s:
-                    raise RankTimeoutError(
-                        f"{error} It was made by rank 0: all processes of the group have to write to one directory of "
-                        "a file system that they share.",
-                        ranks=[self._group.rank],
-                    ) from error
-            time.sleep(PAUSE_S)
+        timeout_s = self._group.timeout_s / 2  # the others shall hear of it before they give up
+        try:
+            return seen_in_time(lambda: self._store.join(directory), timeout_s)
+        except CheckpointNotFoundError as error:
+            raise RankTimeoutError(
+                f"{error} It was made by rank 0: all processes of the group have to write to one directory of a file "
+                "system that they share.",
+                ranks=[self._group.rank],
+            ) from error
 
     def _report(self) -> Report:
         try:

@@ -26,7 +26,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
 @pytest.fixture
 def world(store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rank 2 of four processes, of which the others are not there, though it takes them to be."""
-    monkeypatch.setattr("holdfast.distributed.joining.meet", lambda mailbox: "met")
+    monkeypatch.setattr("holdfast.distributed.session.meet", lambda mailbox: "met")
     dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
     yield
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 import holdfast
+from holdfast.distributed.committing import open_elsewhere
 from holdfast.distributed.group import Group
 from holdfast.distributed.saving import SharedSaves
 from holdfast.distributed.share import Links
@@ -516,3 +517,10 @@ def test_frozen_tensors_are_linked(ranks: Make, cut: Any, captured: Make, tmp_pa
     assert [checkpoint.read("model/w")[0, 0] for checkpoint in run] == [0, 0, 1]
     for checkpoint in run:
         checkpoint.verify()
+
+
+def test_another_checkpoint_under_the_name(tmp_path: Path) -> None:
+    """What rank 0 committed is known by its id: an older one that this machine still sees there is not it."""
+    holdfast.save(tmp_path / "seen", {"x": 1})
+    with pytest.raises(RankTimeoutError, match=r"it has the id [0-9a-f]{32}, expected 0{32}"):
+        open_elsewhere(str(tmp_path / "seen"), "0" * 32, 0.1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -147,6 +148,7 @@ def run(world_size: int, mib: int, rounds: int, directory: Path) -> Samples:
 
 def _rank(rank: int, world_size: int, mib: int, rounds: int, here: Path) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)  # as torchrun has it
     dist.init_process_group("gloo", init_method=f"file://{here / 'init'}", rank=rank, world_size=world_size)
     samples = measure(mib, rounds, here)
     if rank == 0:

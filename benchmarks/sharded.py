@@ -98,6 +98,7 @@ Task = Literal["save", "load"]
 
 def _rank(rank: int, task: Task, world_size: int, scale: str, rounds: int, here: Path) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)  # as torchrun has it
     with _group(rank, world_size, here / f"group-{task}-{world_size}"):
         state = make_state(scale)
         if task == "save":

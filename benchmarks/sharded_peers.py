@@ -110,8 +110,8 @@ class Holdfast:
             return _second(state, begin)
 
     def load(self, state: State, directory: Path) -> None:
-        """See :class:`Peer`. Entering the block is what loads."""
-        with self._open(state, directory):
+        """See :class:`Peer`. Entering the block is what loads; no thread makes memory for copies beside it."""
+        with self._open(state, directory, background=False):
             pass
 
     def _open(self, state: State, directory: Path, *, background: bool = True) -> holdfast.Checkpointer:

@@ -21,7 +21,7 @@ FLOORS = (
     ("format",),
     ("storage",),
     ("inspection",),
-    ("locating",),
+    ("description", "opening", "locating"),
     ("exporting",),
     ("checkpoint",),
     ("state",),
@@ -43,8 +43,8 @@ FREE = ("__init__", "__main__", "_version")  # they stand outside: the door, the
 
 # Looking at checkpoints, from Python or from the command line, does not load torch, which takes seconds.
 WITHOUT_TORCH = tuple(
-    "errors format storage inspection locating exporting checkpoint run policies pace progress config notices "
-    "preemption cli __init__ _version".split()
+    "errors format storage inspection description opening locating exporting checkpoint run policies pace progress "
+    "config notices preemption cli __init__ _version".split()
 )
 
 # format says what bytes mean; where they lie is not its business.

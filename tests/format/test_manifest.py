@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from holdfast.errors import FormatVersionError, UsageError
-from holdfast.format import envelope
+from holdfast.format import envelope, strict_json
 from holdfast.format import manifest as manifests
 from holdfast.format.manifest import Annotations, Manifest
 from holdfast.format.records import FileRecord, Piece, TensorRecord
@@ -261,5 +261,21 @@ def test_bad_annotations(inner: object) -> None:
 
 
 def test_a_head_has_the_fields_of_a_manifest() -> None:
-    """In the same order: only then does it encode to the bytes it came from, which is how duplicate keys are found."""
+    """In the same order."""
     assert manifests.Head.__struct_fields__ == manifests.Manifest.__struct_fields__
+
+
+@pytest.mark.parametrize("layouts", [{}, {"a": ("model.safetensors",)}], ids=["none", "one"])
+def test_each_key_is_looked_at_only_in_what_another_wrote(
+    layouts: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Holdfast wrote encodes to the same bytes, head and body, so that no key can stand there twice."""
+    looked = []
+    monkeypatch.setattr(strict_json, "_check_duplicates", lambda data: looked.append(bytes(data)))
+    written = manifests.encode(msgspec.structs.replace(decode(good()), layouts=layouts))
+    spaced = len(looked)
+
+    manifests.decode(written, PATH)
+
+    assert spaced > 0
+    assert looked[spaced:] == []

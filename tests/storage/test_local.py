@@ -196,6 +196,18 @@ def test_a_failed_sync_is_not_tried_again(store: LocalStore, commit: Commit, sys
     assert system_calls.only("fsync") == [("fsync", "."), ("fsync", "run/TMP/model.safetensors")]
 
 
+def test_a_name_that_is_not_durable(store: LocalStore, image: Any, contents: Contents, system_calls: Any) -> None:
+    """The checkpoint can be seen, and stays: an error says that a power cut may undo it, not that nothing is there."""
+    lost = OSError(errno.EIO, os.strerror(errno.EIO))
+    system_calls.fault = lambda name, index: lost if system_calls.trace[-1:] == [("renameat2", "TMP", ONE)] else None
+    pending = store.create(1)
+    pending.write_files({"model.safetensors": image(b"data")})
+    with pytest.raises(StorageError, match=f"may undo what can be seen already: .*{ONE}: Input/output"):
+        pending.commit(ONE, b"manifest")
+    pending.abort()
+    assert contents(store) == {ONE: whole()}
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_every_way_to_be_full(store: LocalStore, commit: Commit, system_calls: Any, code: int) -> None:
     """No space, no quota, a limit on file sizes: one error, that says what to do."""

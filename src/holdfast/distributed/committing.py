@@ -84,7 +84,7 @@ class Ending:
             self._mailbox.settle(self._key("verdict"), _GIVEN_UP)
             failure = error
             if not isinstance(error, RankError):
-                failure = rank_error(f"{self._what}: nothing was committed", [Failure.of(0, error)])
+                failure = rank_error(f"{self._what}: the commit failed", [Failure.of(0, error)])
             told = _Outcome(failure=Failure.of(0, failure), ranks=getattr(failure, "ranks", ()))
             self._mailbox.send(self._key("outcome"), told)
             if failure is error:

@@ -68,10 +68,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
         return sum(record.bytes for record in self.files.values())
 
 
-class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A manifest whose long parts are not looked into: enough to list a run and to decide what stays.
 
-    The fields and their order are those of :class:`Manifest`.
+    The fields, their order and what is left out are those of :class:`Manifest`: what it wrote is encoded to the same
+    bytes again, which rules out duplicate keys without a look at each.
     """
 
     format: str
@@ -91,7 +92,7 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layouts: msgspec.Raw = _NOTHING
 
 
-class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The other half: the long parts of a manifest, without those that are in its head already."""
 
     format: str

@@ -105,7 +105,7 @@ class LocalPending:
                 raise CheckpointExistsError(f"{final} exists already; it was left as it is.", path=final) from error
             # From here on it is visible and whole, whether or not its name is durable: nothing may unlink its files.
             self._committed = True
-            durable.sync_directory(self._parent)
+            self._make_name_durable(final)
             self._close()
 
     def replace(self, name: str, manifest: bytes) -> None:
@@ -129,7 +129,7 @@ class LocalPending:
                     durable.publish(self._parent, aside, name)
                     raise
                 self._committed = True
-            durable.sync_directory(self._parent)
+            self._make_name_durable(final)
             _discard(self._parent, aside)
             self._close()
 
@@ -145,6 +145,10 @@ class LocalPending:
             durable.write_file(self._directory, MANIFEST, manifest)
             durable.sync_directory(self._directory)
             self._sealed = True
+
+    def _make_name_durable(self, final: str) -> None:
+        with storage_errors("a power cut may undo what can be seen already: cannot make durable the name of", final):
+            durable.sync_directory(self._parent)
 
     def _close(self) -> None:
         self._directory.close()

@@ -252,7 +252,7 @@ def test_a_commit_that_fails(
     monkeypatch.setattr("holdfast.storage.durable.publish", fail)
     results = save(lambda rank: captured({"w": cut(values((8, 2)), sharded((8, 2)))}, rank))
     assert [type(result) for result in results] == [RankError] * 4
-    assert all("rank 0: StorageError: cannot commit" in str(error) for error in results)
+    assert all("the commit failed:\n  rank 0: StorageError: cannot commit" in str(error) for error in results)
     assert list(litter(tmp_path / "run")) == []
 
 

@@ -25,7 +25,8 @@ from holdfast.errors import (
     UnsupportedValueError,
     UsageError,
 )
-from holdfast.storage.local import LocalPending, LocalStore
+from holdfast.storage.local import LocalStore
+from holdfast.storage.local_pending import LocalPending
 
 STEPS_PER_EPOCH = 5
 

@@ -24,7 +24,7 @@ from holdfast.errors import (
     UsageError,
 )
 from holdfast.format.names import aside_name
-from holdfast.storage.local import LocalPending
+from holdfast.storage.local_pending import LocalPending
 
 
 def parts(seed: int = 0, steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer, Any]:

@@ -26,7 +26,8 @@ from holdfast.format import envelope
 from holdfast.format.dtypes import DTYPES
 from holdfast.format.records import CHUNK_BYTES
 from holdfast.storage import durable
-from holdfast.storage.local import LocalPending, LocalStore
+from holdfast.storage.local import LocalStore
+from holdfast.storage.local_pending import LocalPending
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

@@ -18,7 +18,8 @@ from holdfast.part import About
 from holdfast.state.capture import CapturedEntry, capture
 from holdfast.state.unchanged import Unchanged
 from holdfast.storage import memory
-from holdfast.storage.local import LocalPending, LocalStore
+from holdfast.storage.local import LocalStore
+from holdfast.storage.local_pending import LocalPending
 from holdfast.writer import SaveReport, Writer
 
 WAIT_S = 60.0

@@ -41,7 +41,7 @@ def test_a_full_disk_on_one_rank(rank: int, launch: Launch, tmp_path: Path) -> N
 
 def test_an_error_of_one_rank(launch: Launch, tmp_path: Path) -> None:
     """Whatever it is, all raise the same, with its words."""
-    fault = ["failing_call", "holdfast.storage.local:LocalPending.write_files", 2, "a gamma ray"]
+    fault = ["failing_call", "holdfast.storage.local_pending:LocalPending.write_files", 2, "a gamma ray"]
 
     outcome = launch("train", tmp_path, 2, faults={1: [fault]}, **SETTINGS)
 
@@ -55,7 +55,7 @@ def test_an_error_of_one_rank(launch: Launch, tmp_path: Path) -> None:
 
 def test_a_training_goes_on_after_a_save_that_failed(launch: Launch, undisturbed: Any, tmp_path: Path) -> None:
     """Who catches the error trains on; the next save works, and the training is the one that nobody disturbed."""
-    fault = ["failing_call", "holdfast.storage.local:LocalPending.write_files", 2]
+    fault = ["failing_call", "holdfast.storage.local_pending:LocalPending.write_files", 2]
 
     outcome: Outcome = launch("train", tmp_path, 2, faults={1: [fault]}, patient=True, **SETTINGS)
 

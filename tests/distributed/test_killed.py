@@ -60,7 +60,7 @@ def test_any_rank_is_killed_at_any_moment(
     record_property("count: ranks killed at random moments", tried.done.total())
 
 
-WRITE, PUBLISH = "holdfast.storage.local:LocalPending.write_files", "holdfast.storage.durable:publish"
+WRITE, PUBLISH = "holdfast.storage.local_pending:LocalPending.write_files", "holdfast.storage.durable:publish"
 PLACES: dict[str, tuple[int, Kill]] = {
     "a rank before its files are written": (1, Kill("before", 2, WRITE)),
     "a rank after its files are written": (1, Kill("after", 2, WRITE)),

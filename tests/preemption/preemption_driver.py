@@ -30,7 +30,7 @@ from torch import nn
 
 import holdfast.classic  # noqa: F401
 from holdfast import Checkpointer, Every, KeepLast, Preemption
-from holdfast.storage.local import LocalPending
+from holdfast.storage.local_pending import LocalPending
 
 STEPS_PER_EPOCH = 3
 EPOCHS = 2

@@ -17,7 +17,8 @@ from holdfast.company import Asked
 from holdfast.errors import SaveTimeoutError, StorageError, UnsupportedValueError, UsageError
 from holdfast.notices import Notified
 from holdfast.preemption.leaving import PreemptionWatch, Saver
-from holdfast.storage.local import LocalPending, LocalStore
+from holdfast.storage.local import LocalStore
+from holdfast.storage.local_pending import LocalPending
 from holdfast.writer import SaveReport
 
 

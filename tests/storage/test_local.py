@@ -18,7 +18,7 @@ import pytest
 from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, DiskFullError, RunBusyError, StorageError
 from holdfast.format.names import TemporaryName, aside_name, host_label, trash_name
 from holdfast.format.records import CHUNK_BYTES, FileRecord
-from holdfast.storage import direct, durable, local, local_reading, memory
+from holdfast.storage import direct, durable, local_cleaning, local_reading, memory
 from holdfast.storage.chunks import digest
 from holdfast.storage.local import LocalStore
 from holdfast.storage.local_reading import DIRECT_READ_BYTES, LocalCheckpoint, LocalFile
@@ -735,7 +735,7 @@ def test_another_hosts_rest_is_removed_when_it_is_idle(store: LocalStore) -> Non
     name = temporary("elsewhere")
     directory = abandoned(store, name)
     assert store.clean() == []
-    age(directory, local.FOREIGN_IDLE_S - 60)
+    age(directory, local_cleaning.FOREIGN_IDLE_S - 60)
     assert store.clean() == []
     age(directory, 120)
     assert store.clean() == [name]
@@ -745,7 +745,7 @@ def test_another_hosts_rest_is_removed_when_it_is_idle(store: LocalStore) -> Non
 def test_another_hosts_writer_shows_life_by_any_file(store: LocalStore) -> None:
     """A large file that grows for hours keeps its directory, whose own time stands still."""
     directory = abandoned(store, temporary("elsewhere"), "a.safetensors", "b.safetensors")
-    age(directory, 2 * local.FOREIGN_IDLE_S)
+    age(directory, 2 * local_cleaning.FOREIGN_IDLE_S)
     (directory / "b.safetensors").write_bytes(b"more")
     assert store.clean() == []
     assert directory.exists()
@@ -759,7 +759,7 @@ def test_without_locks_only_the_provably_dead_go(store: LocalStore) -> None:
     dead = temporary(pid=finished.pid)
     abandoned(store, dead)
     abandoned(store, temporary(pid=os.getpid()))
-    age(abandoned(store, temporary("elsewhere")), 2 * local.FOREIGN_IDLE_S)
+    age(abandoned(store, temporary("elsewhere")), 2 * local_cleaning.FOREIGN_IDLE_S)
     assert store.clean() == [dead]
     assert len(store.names()) == 2
 

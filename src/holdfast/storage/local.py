@@ -19,140 +19,27 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
-from holdfast.errors import CheckpointExistsError, CheckpointNotFoundError, RunBusyError, storage_errors
+from holdfast.errors import CheckpointNotFoundError, RunBusyError, storage_errors
 from holdfast.format.names import (
     ANNOTATIONS,
     EVENTS,
     MANIFEST,
-    CheckpointName,
     TemporaryName,
-    aside_name,
     host_label,
-    is_auxiliary,
-    is_data_file_name,
-    is_probe,
-    is_staged_annotations,
-    is_trash,
     parse_aside,
-    probe_name,
     staged_annotations_name,
     trash_name,
 )
-from holdfast.format.records import FileRecord
 from holdfast.storage import durable
 from holdfast.storage.durable import Descriptor, Lock
+from holdfast.storage.local_cleaning import clean, remove_rest
+from holdfast.storage.local_pending import LocalPending
 from holdfast.storage.local_reading import LocalCheckpoint, LocalFile
-from holdfast.storage.store import FileImage
-from holdfast.storage.writing import write_files
-
-# A writer on another host is given up for dead only after this long without a sign of life, by the file system's own
-# clock, and only when its lock is free as well: some network file systems keep locks to one host.
-FOREIGN_IDLE_S = 3600.0
 
 MAX_LOG_BYTES = 8 * 2**20
 """Of a longer log only the end is read: tens of thousands of saves."""
-
-
-class LocalPending:
-    """A save under way, in a directory of its own that no reader takes for a checkpoint."""
-
-    def __init__(
-        self, store_path: str, parent: Descriptor, name: str, directory: Descriptor, *, joined: bool = False
-    ) -> None:
-        self._store_path = store_path
-        self._parent = parent
-        self._name = name
-        self._directory = directory
-        self._joined = joined
-        self._committed = False
-        self._sealed = False
-
-    def link_file(self, name: str, checkpoint: str, file: str, nbytes: int) -> bool:
-        """Take a file of a committed checkpoint as ``name``; False where that cannot be."""
-        with storage_errors("cannot link", os.path.join(self._store_path, checkpoint, file)):
-            try:
-                source = durable.open_directory(checkpoint, self._parent)
-            except FileNotFoundError:
-                return False
-            with source:
-                return durable.link_file(source, file, self._directory, name, nbytes)
-
-    @property
-    def name(self) -> str:
-        """What others call it who join it."""
-        return self._name
-
-    def write_files(self, images: Mapping[str, FileImage]) -> dict[str, FileRecord]:
-        """Write the data files, durably, and return their records."""
-        return write_files(self._directory, images, os.path.join(self._store_path, self._name))
-
-    def leave(self) -> None:
-        """Let go of a save that was joined: the names of its files are durable, as far as this process can tell."""
-        with storage_errors("cannot write", os.path.join(self._store_path, self._name)):
-            durable.sync_directory(self._directory)
-            self._close()
-
-    def commit(self, name: str, manifest: bytes) -> None:
-        """Make the checkpoint durable and visible as ``name``."""
-        final = os.path.join(self._store_path, name)
-        with storage_errors("cannot commit", final):
-            self._seal(manifest)
-            try:
-                durable.publish(self._parent, self._name, name)
-            except FileExistsError as error:
-                raise CheckpointExistsError(f"{final} exists already; it was left as it is.", path=final) from error
-            # From here on it is visible and whole, whether or not its name is durable: nothing may unlink its files.
-            self._committed = True
-            self._make_name_durable(final)
-            self._close()
-
-    def replace(self, name: str, manifest: bytes) -> None:
-        """Make the checkpoint durable and visible as ``name``, in the place of the one that has it now.
-
-        A crash leaves the old one or the new one, whole. Where two names cannot be swapped in one step, the old one
-        waits as ``.aside-...-<name>`` until the new one is durable, and :meth:`LocalStore.recover` brings it back.
-        """
-        final = os.path.join(self._store_path, name)
-        with storage_errors("cannot replace", final):
-            self._seal(manifest)
-            aside = aside_name(name, secrets.token_hex(8))
-            if durable.exchange(self._parent, self._name, name):
-                self._committed = True
-                durable.move_aside(self._parent, self._name, aside)
-            else:
-                durable.move_aside(self._parent, name, aside)
-                try:
-                    durable.publish(self._parent, self._name, name)
-                except OSError:
-                    durable.publish(self._parent, aside, name)
-                    raise
-                self._committed = True
-            self._make_name_durable(final)
-            _discard(self._parent, aside)
-            self._close()
-
-    def abort(self) -> None:
-        """Remove what was written, unless it is another's save. Never raises: another error is on its way."""
-        if not self._committed and not self._joined:
-            with contextlib.suppress(OSError):
-                _remove_rest(self._parent, self._name, self._directory)
-        self._close()
-
-    def _seal(self, manifest: bytes) -> None:
-        if not self._sealed:
-            durable.write_file(self._directory, MANIFEST, manifest)
-            durable.sync_directory(self._directory)
-            self._sealed = True
-
-    def _make_name_durable(self, final: str) -> None:
-        with storage_errors("a power cut may undo what can be seen already: cannot make durable the name of", final):
-            durable.sync_directory(self._parent)
-
-    def _close(self) -> None:
-        self._directory.close()
-        self._parent.close()
 
 
 class LocalStore:
@@ -266,30 +153,16 @@ class LocalStore:
                 trash = trash_name(name, secrets.token_hex(8))
                 durable.move_aside(parent, name, trash)
                 durable.sync_directory(parent)
-                _remove_rest(parent, trash, directory)
+                remove_rest(parent, trash, directory)
                 return True
 
     def clean(self) -> list[str]:
         """Remove what dead writers left behind, as far as it is certain that they are dead."""
-        removed = []
         names = self.names()
         if not names:
             return []
         with storage_errors("cannot clean", self.path), self._parent() as parent:
-            durable.unlink_files(parent, filter(is_probe, names))
-            for name in names:
-                unfinished = is_trash(name) or parse_aside(name) or TemporaryName.parse(name)
-                if not unfinished and CheckpointName.parse(name) is None:
-                    continue
-                with (
-                    contextlib.suppress(FileNotFoundError, NotADirectoryError),
-                    durable.open_directory(name, parent) as directory,
-                ):
-                    if not unfinished:
-                        _remove_staged(directory)
-                    elif self._is_abandoned(name, directory, parent) and _remove_rest(parent, name, directory):
-                        removed.append(name)
-        return removed
+            return clean(parent, names)
 
     def recover(self, name: str) -> bool:
         """Bring back the checkpoint that stepped aside for a replacement which never came; True when one did."""
@@ -352,67 +225,3 @@ class LocalStore:
                 pending.abort()
                 raise
             directory.close()
-
-    def _is_abandoned(self, name: str, directory: Descriptor, parent: Descriptor) -> bool:
-        lock = durable.lock_exclusive(directory)
-        if lock is Lock.BUSY or not durable.is_same_directory(directory, parent, name):
-            return False
-        if is_trash(name):
-            return True  # its removal was decided, and no reader holds it
-        successor = parse_aside(name)
-        if successor is not None:
-            return durable.exists(parent, successor)
-        temporary = TemporaryName.parse(name)
-        assert temporary is not None
-        if temporary.host == host_label(socket.gethostname()):
-            return lock is Lock.HELD or not _is_alive(temporary.pid)
-        return lock is Lock.HELD and _idle_s(directory, parent) > FOREIGN_IDLE_S
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _idle_s(directory: Descriptor, parent: Descriptor) -> float:
-    """Seconds since anything changed in ``directory``, by the clock of its file system, not by this host's."""
-    newest = os.fstat(directory.fd).st_mtime
-    for name in os.listdir(directory.fd):
-        newest = max(newest, os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_mtime)
-    probe = probe_name(secrets.token_hex(8))
-    try:
-        with durable.create_file(parent, probe) as file:
-            return os.fstat(file.fd).st_mtime - newest
-    finally:
-        durable.unlink_files(parent, [probe])
-
-
-def _discard(parent: Descriptor, name: str) -> None:
-    """Remove a checkpoint that has been renamed out of sight, unless it is being read; then ``clean`` will."""
-    with contextlib.suppress(FileNotFoundError), durable.open_directory(name, parent) as directory:
-        if durable.lock_exclusive(directory) is not Lock.BUSY:
-            _remove_rest(parent, name, directory)
-
-
-def _remove_staged(directory: Descriptor) -> None:
-    """Unlink annotations that were about to replace others when their writer died."""
-    for name in filter(is_staged_annotations, os.listdir(directory.fd)):
-        with contextlib.suppress(FileNotFoundError, ValueError), durable.open_file(directory, name) as file:
-            if durable.lock_exclusive(file) is Lock.HELD:
-                durable.unlink_files(directory, [name])
-
-
-def _remove_rest(parent: Descriptor, name: str, directory: Descriptor) -> bool:
-    """Unlink the files of a removed or abandoned checkpoint; the manifest first, so that no half of it looks whole.
-
-    What is not a checkpoint's is left, and with it the directory.
-    """
-    found = os.listdir(directory.fd)
-    ours = [file for file in found if file != MANIFEST and (is_auxiliary(file) or is_data_file_name(file))]
-    durable.unlink_files(directory, [MANIFEST, *ours])
-    return durable.remove_directory(parent, name)

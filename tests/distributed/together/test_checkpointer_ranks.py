@@ -31,7 +31,7 @@ from holdfast.part import Part
 from holdfast.policies import Every, KeepBest, KeepLast, Moment
 from holdfast.preemption import Preempted
 from holdfast.preemption.leaving import PreemptionWatch
-from holdfast.storage.local import LocalPending
+from holdfast.storage.local_pending import LocalPending
 
 Make = Callable[..., Any]
 Loop = Callable[[Checkpointer, int], Any]

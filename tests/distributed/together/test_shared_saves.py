@@ -23,7 +23,8 @@ from holdfast.errors import RankError, RanksDifferError, RankTimeoutError
 from holdfast.part import About
 from holdfast.state.capture import CapturedEntry
 from holdfast.state.sharding import REPLICATED, Placement, Sharding
-from holdfast.storage.local import LocalPending, LocalStore
+from holdfast.storage.local import LocalStore
+from holdfast.storage.local_pending import LocalPending
 
 Make = Callable[..., Any]
 WORLD = tuple(range(4))

@@ -12,7 +12,8 @@ from holdfast import Checkpoint, KeepLast, loading, resume, run
 from holdfast.state import guard, rng, staging
 from holdfast.storage import durable
 from holdfast.storage.durable import Lock
-from holdfast.storage.local import LocalPending, LocalStore
+from holdfast.storage.local import LocalStore
+from holdfast.storage.local_pending import LocalPending
 
 _kept: list[object] = []
 

@@ -29,7 +29,8 @@ from holdfast.format.records import FileRecord
 from holdfast.part import About, environment_of
 from holdfast.saving import check_name, encode_metrics
 from holdfast.storage.arena import BytesImage
-from holdfast.storage.local import LocalPending, LocalStore
+from holdfast.storage.local import LocalStore
+from holdfast.storage.local_pending import LocalPending
 
 
 class HoldfastWriter(StorageWriter):

@@ -146,6 +146,15 @@ def test_reassigning(saved: Path) -> None:
     assert torch.equal(further["model"].weight, first["model"].weight)
 
 
+@pytest.mark.parametrize(("world_size", "gone"), [(1, "ranks 1 to 2"), (2, "rank 2")])
+def test_reassigning_to_fewer(saved: Path, world_size: int, gone: str) -> None:
+    """The report says what nobody takes over."""
+    report = holdfast.restore(saved, fresh(), rank=0, world_size=world_size, per_rank="reassign")
+    assert report.notes == tuple(
+        f"{entry}: what {gone} had is left out, since fewer ranks go on" for entry in ("buffer", "generator")
+    )
+
+
 def test_reseeding(saved: Path) -> None:
     """Every rank gets new seeds: those of a checkpoint and a rank, and no others."""
     seeds = []

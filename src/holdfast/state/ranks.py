@@ -28,6 +28,7 @@ class PerRankShare:
     Attributes:
         values: by entry, what it takes.
         anew: entries of which it takes nothing: generators are seeded anew, the rest stays as it was constructed.
+        lost: entries of which nobody takes what ranks had that are gone.
         saved: the entries that the checkpoint holds for each rank.
         seed: what generators are seeded with.
         saved_world_size: how many ranks saved them.
@@ -35,6 +36,7 @@ class PerRankShare:
 
     values: Mapping[str, Any] = field(default_factory=dict)
     anew: frozenset[str] = frozenset()
+    lost: frozenset[str] = frozenset()
     saved: frozenset[str] = frozenset()
     seed: int = 0
     saved_world_size: int = 1
@@ -144,9 +146,11 @@ def share_of(
         raise _another_world_size(checkpoint, concerned, saved_world_size, world_size)
     takes = saved_world_size == world_size or (per_rank == "reassign" and rank < saved_world_size)
     values = {} if ranks is None or not takes else ranks.values(rank)
+    loses = per_rank == "reassign" and world_size < saved_world_size
     return PerRankShare(
         values={entry: value for entry, value in values.items() if entry in concerned},
         anew=frozenset() if takes else frozenset(concerned),
+        lost=frozenset(concerned - {RNG_ENTRY}) if loses else frozenset(),
         saved=frozenset() if ranks is None else ranks.entries,
         seed=xxhash.xxh3_64_intdigest(f"{checkpoint.checkpoint_id}/{checkpoint.step}/{rank}".encode()),
         saved_world_size=saved_world_size,

@@ -55,6 +55,7 @@ def restore_state(
     own = (RNG_ENTRY, GRADIENTS_ENTRY) if generators else (GRADIENTS_ENTRY,)
     share = share_of(checkpoint, chosen, rank, world_size, per_rank, own)
     plan = Plan(checkpoint, name_parameters(state), _restored_optimizers(checkpoint, chosen), strict, share)
+    plan.findings.notes.extend(_left_out(share, entry, world_size) for entry in sorted(share.lost))
     for entry, live in chosen.items():
         _plan_entry(plan, state, entry, live)
     if GRADIENTS_ENTRY in checkpoint.manifest.state or GRADIENTS_ENTRY in {*share.values, *share.anew}:
@@ -147,6 +148,12 @@ def _plan_anew(plan: Plan, entry: str, live: Any) -> None:
 
 def _seeded(share: PerRankShare, entry: str) -> str:
     return f"{entry}: generators seeded anew; {share.saved_world_size} rank(s) saved it, each its own"
+
+
+def _left_out(share: PerRankShare, entry: str, world_size: int) -> str:
+    last = share.saved_world_size - 1
+    gone = f"rank {last}" if last == world_size else f"ranks {world_size} to {last}"
+    return f"{entry}: what {gone} had is left out, since fewer ranks go on"
 
 
 def _plan_value(plan: Plan, saved: Any, live: Any, path: str, assign: Callable[[Any], None]) -> None:

@@ -34,6 +34,7 @@ FLOORS = (
     ("distributed",),
     ("resume", "writer", "loaders"),
     ("keeping", "training"),
+    ("block",),
     ("checkpointer",),
     ("classic", "audit"),
     ("cli",),

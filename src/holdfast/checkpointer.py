@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from holdfast.block import Block
 from holdfast.checkpoint import Checkpoint
-from holdfast.company import Alone, Call, Company, Due, Verdict
+from holdfast.company import Alone, Company
 from holdfast.config import ConfigChange
 from holdfast.distributed.joining import company_of
-from holdfast.errors import HoldfastError, UsageError
+from holdfast.errors import UsageError
 from holdfast.keeping import Keeper
-from holdfast.pace import Pace
-from holdfast.part import About
-from holdfast.policies import Every, KeepLast, Moment, SavePolicy, calm_steps, spacing_s
+from holdfast.policies import Every, KeepLast, SavePolicy
 from holdfast.preemption import Preemption
-from holdfast.preemption.leaving import PreemptionWatch, Saver
+from holdfast.preemption.leaving import PreemptionWatch
 from holdfast.resume import PerRankPolicy, Resume, Source, resume_run
 from holdfast.run import Retention, Run
 from holdfast.saving import encode_metrics
 from holdfast.state.guard import StepGuard
-from holdfast.state.kinds import estimated_nbytes
 from holdfast.state.report import RestoreReport
 from holdfast.state.unchanged import Unchanged
 from holdfast.training import Training
@@ -33,12 +30,6 @@ from holdfast.writer import SaveHandle, Writer, Writing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Event = Literal["step", "epoch", "batch"]
-
-_logger = logging.getLogger("holdfast")
-_OTHERS_MAY_BE_GONE_S = 30.0
-_NEWS = 0.25  # a distance between saves that changed by less is not worth a line
 
 
 class Checkpointer:
@@ -133,7 +124,6 @@ class Checkpointer:
         self.run = Run(path)
         self.resumed_from: Checkpoint | None = None
         self.report: RestoreReport | None = None
-        self.skipped = 0
         self._training = Training(state, config, self.run.path)
         self._save_policy = save
         self._keeper = Keeper(self.run, keep)
@@ -145,17 +135,8 @@ class Checkpointer:
         self._per_rank = per_rank
         self._read_once = read_once
         self._company: Company = Alone()
-        self._writer: Writer | None = None
-        self._pid = 0
-        self._run_id = ""
-        self._resumed_own = False
-        self._pace = Pace()
-        self._metrics: dict[str, Any] = {}
-        self._unsaved = False
-        self._saves = 0
-        self._last: SaveHandle | None = None
-        self._warmed_up = False
-        self._told_spacing_s = 0.0
+        self._block: Block | None = None
+        self._skipped = 0  # in blocks before
 
     # ------------------------------------------------------------------------------------------------- where it is
 
@@ -187,69 +168,48 @@ class Checkpointer:
         """
         return self._preemption.requested
 
+    @property
+    def skipped(self) -> int:
+        """Saves that were due, and not made since one was under way: see ``when_busy``."""
+        return self._skipped + (self._block.skipped if self._block else 0)
+
     # ------------------------------------------------------------------------------------------------- the block
 
     def __enter__(self) -> Checkpointer:
-        if self._writer is not None:
+        if self._block is not None:
             raise UsageError("this Checkpointer is in use already; make another one for another block.")
         self._company = company_of(self._group, self._timeout_s, read_once=self._read_once)
-        self._unsaved, self._saves, self._last, self._metrics = False, 0, None, {}
         try:
             self._company.enter(self.run, self._alike())
-            self._continue()
-            self._writer = self._new_writer()
+            block = self._continue()
             self._preemption.begin(self.resumed_from)  # last: nothing that fails after it would undo it
         except BaseException as error:
-            self._writer = None
             self._company.exit(self.run, error)
             raise
+        self._block = block
         if self.resumed_from is not None:
-            self._warm_up(self._writer)
-        self._pid = os.getpid()
-        self._pace = Pace()
+            block.warm_up()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> Literal[False]:
-        if self._pid != os.getpid():
+        if self._block is not None and not self._block.is_of_this_process:
             return False  # a forked child on its way out: the run is its parent's
-        writer = self._in_block()
+        block = self._in_block()
         with ExitStack() as leaving:
             leaving.push(lambda kind, failure, traceback: self._company.exit(self.run, failure or error))
-            leaving.callback(self._let_go, writer, error)
+            leaving.callback(self._let_go, block, error)
             if kind is None:
-                self._finish(writer)
-            elif not self._preemption.left:
-                if self._company.size > 1:
-                    self._preemption.end(error)  # a signal shall end this process while it waits
-                self._finish_after_error(writer)
+                block.finish()
+            else:
+                block.finish_after(error)
         return False
 
-    def _finish(self, writer: Writer) -> None:
-        """Save what is not saved yet, and wait until all is durable."""
-        if self._unsaved:
-            self._submit("end of training")
-        with self._company.all_succeed("waiting for the last save"):
-            writer.drain(self._writing.drain_s)
-        self._meet("end")
-
-    def _let_go(self, writer: Writer, error: BaseException | None) -> None:
-        self._preemption.end(error)
-        writer.close()
-        self._writer = None
-
-    def _finish_after_error(self, writer: Writer) -> None:
-        """Finish what is under way without hiding the exception that is leaving the block.
-
-        Of several processes others may be gone, and what starts them all again may be waiting for this one.
-        """
-        try:
-            several = self._company.size > 1
-            writer.drain(min(self._writing.drain_s, _OTHERS_MAY_BE_GONE_S) if several else self._writing.drain_s)
-            writer.check()
-        except Exception:
-            _logger.exception("a save under way failed while an exception was leaving the block")
+    def _let_go(self, block: Block, error: BaseException | None) -> None:
+        block.close(error)
+        self._skipped += block.skipped
+        self._block = None
 
     # --------------------------------------------------------------------------------------------------- the loop
 
@@ -267,12 +227,12 @@ class Checkpointer:
             StorageError: a save failed, this one or the one before. Earlier checkpoints are intact, and training may
                 go on.
         """
-        with self._standing_still(whole_step=True):
+        block = self._in_block()
+        with block.standing_still(whole_step=True):
             self._training.count(accumulating=accumulating)
-            self._metrics = {}
-            self._unsaved = True
-            self._warm_up(self._in_block())
-            return self._save_or_leave("batch" if accumulating else "step")
+            block.moved({})
+            block.warm_up()
+            return block.save_or_leave("batch" if accumulating else "step")
 
     def end_epoch(self, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
         """Tell that an epoch is done. Call it last in the epoch, after the scheduler's step.
@@ -287,15 +247,15 @@ class Checkpointer:
             MissingMetricError: the retention policy ranks by a metric that is not among ``metrics``.
             StorageError: a save failed. Earlier checkpoints are intact, and training may go on.
         """
-        with self._standing_still():
+        block = self._in_block()
+        with block.standing_still():
             self._keeper.check(metrics or {})
             encoded = encode_metrics(metrics)
             self._training.count_epoch()
-            self._metrics = encoded
-            self._unsaved = True
-            handle = self._save_or_leave("epoch")
+            block.moved(encoded)
+            handle = block.save_or_leave("epoch")
             if handle is None and encoded:
-                self._keep_metrics()
+                block.keep_metrics()
             return handle
 
     def save(self, metrics: Mapping[str, float] | None = None, *, reason: str = "asked for") -> SaveHandle:
@@ -308,11 +268,12 @@ class Checkpointer:
             metrics: what was measured of the state as it is now.
             reason: why, in words, for whoever lists the run.
         """
-        with self._standing_still():
-            self._meet("save")
+        block = self._in_block()
+        with block.standing_still():
+            block.meet("save")
             self._training.warn_of_batch_in_hand()
-            self._metrics = {**self._metrics, **encode_metrics(metrics)}
-            return self._submit(reason)
+            block.metrics = {**block.metrics, **encode_metrics(metrics)}
+            return block.submit(reason)
 
     def leave_if_preempted(self) -> None:
         """Save and leave now if the training was asked to, without waiting for the next step: for long evaluations.
@@ -325,9 +286,9 @@ class Checkpointer:
         Raises:
             Preempted: it was.
         """
-        self._in_block()
+        block = self._in_block()
         with self._training.evaluating():
-            self._leave_if_asked(self._meet("evaluation"))
+            block.leave_if_asked(block.meet("evaluation"))
 
     def request_preemption(self, reason: str) -> None:
         """Ask the training to leave at its next step, as a signal does. Safe to call from any thread.
@@ -337,158 +298,7 @@ class Checkpointer:
         """
         self._preemption.request(reason)
 
-    @contextmanager
-    def _standing_still(self, *, whole_step: bool = False) -> Iterator[None]:
-        """The training called, and waits until it may go on."""
-        writer = self._in_block()
-        if self._pace.stop(busy=writer.busy(), whole_step=whole_step):
-            self._tell_spacing()
-        try:
-            yield
-        finally:
-            self._pace.go()
-
-    # ----------------------------------------------------------------------------------------------------- saving
-
-    def _meet(self, event: Event | Literal["save", "evaluation", "end"]) -> Verdict:
-        """What is to be done at this call. Raises what failed since the last one."""
-        writer = self._in_block()
-        if self._company.rank == 0:
-            self._preemption.measure(self._last)
-        asked = None if event in ("save", "end") else self._preemption.asked()
-        call = Call(event, self.global_step, self.epoch, writer.failure, asked, self._metrics)
-        verdict = self._company.meet(call, lambda: self._due(event))
-        if verdict.failed is not None:
-            writer.told(verdict.failed.number)
-            self._unsaved = self._unsaved or (verdict.failed.lost and verdict.failed.number == writer.number)
-            raise verdict.failed.error
-        return verdict
-
-    def _due(self, event: str) -> Due:
-        """Whether the policy wants a save."""
-        if event not in ("step", "epoch", "batch"):
-            return Due()
-        writer = self._in_block()
-        moment = Moment(
-            event,  # type: ignore[arg-type]  # one of these three
-            self.global_step,
-            self.epoch,
-            self._pace.since_save_s,
-            saves=self._saves,
-            cost_s=self._pace.cost_s,
-            busy=writer.busy(),
-        )
-        reason = self._save_policy.due(moment)
-        calm = calm_steps(self._save_policy, self.global_step)
-        if reason is not None and self._writing.when_busy == "skip" and writer.busy():
-            return Due(skipped=True, calm=calm)
-        return Due(reason, calm=calm)
-
-    def _save_or_leave(self, event: Event) -> SaveHandle | None:
-        """The policy's save, unless the training was asked to leave: before it, or while it began."""
-        verdict = self._meet(event)
-        self._leave_if_asked(verdict)
-        if verdict.due.skipped:
-            self.skipped += 1
-            _logger.info(
-                "%s: no save at step %d, since one is under way (%d skipped so far)",
-                self.run.path,
-                self.global_step,
-                self.skipped,
-            )
-        if verdict.due.reason is None:
-            return None
-        handle = self._submit(verdict.due.reason)
-        if self._company.size == 1:  # several hear of it when they meet again
-            self._leave_if_asked(Verdict(asked=self._preemption.asked()))
-        return handle
-
-    def _leave_if_asked(self, verdict: Verdict) -> None:
-        if verdict.asked is not None:
-            self._preemption.adopt(verdict.asked)
-            self._preemption.leave(self._saver(self._in_block()))
-
-    def _saver(self, writer: Writer) -> Saver:
-        return Saver(
-            saved=lambda: None if self._unsaved else self._last or self.resumed_from,
-            save=self._submit,
-            drain=lambda seconds: self._drain_together(writer, seconds),
-            check=lambda: self._check(writer, drained=True),
-            patience_s=self._writing.drain_s,
-            background=self._writing.background or self._company.size > 1,
-            leads=self._company.rank == 0,
-        )
-
-    def _drain_together(self, writer: Writer, timeout_s: float) -> None:
-        with self._company.all_succeed("waiting for the save under way"):
-            writer.drain(timeout_s)
-        self._count_lost()
-
-    def _submit(self, reason: str) -> SaveHandle:
-        writer = self._in_block()
-        self._training.warn_of_forgotten()
-        parent = None if self.resumed_from is None else self.resumed_from.checkpoint_id
-        about = About(self.global_step, self.epoch, self._metrics, reason, self._run_id, parent)
-        with self._pace.saving():
-            self._last = handle = writer.save(self._training.capture, about)
-        self._saves += 1
-        self._unsaved = False
-        self._check(writer)
-        return handle
-
-    def _check(self, writer: Writer, *, drained: bool = False) -> None:
-        """Raise what went wrong since the last look; when it was the last save, there is something to save again.
-
-        Of several processes one may know already what the others learn when they meet: then nothing is raised here, and
-        no save follows that the others would not make. Unless all have ``drained``: then each knows how it went.
-        """
-        try:
-            writer.check(known=self._company.size > 1 and not drained)
-        except BaseException:
-            self._count_lost()
-            raise
-
-    def _count_lost(self) -> None:
-        """When the last save failed, there is something to save again."""
-        self._unsaved = self._unsaved or (self._last is not None and self._last.failed())
-
-    def _keep_metrics(self) -> None:
-        """Give metrics for which no save was due to the checkpoint of this step, if there is one."""
-        if self._company.rank != 0:
-            return
-        writer = self._in_block()
-        try:
-            if self._last is not None and self._last.step == self.global_step:
-                writer.drain()
-                self._check(writer)
-            self._keeper.add_metrics(self._last, self.global_step, self.epoch, self._metrics)
-        except HoldfastError as error:
-            if self._company.size == 1:
-                raise
-            writer.note(error)
-
-    def _tell_spacing(self) -> None:
-        """Say how far apart saves are, where that follows from what they cost, and it changed."""
-        if self._company.rank != 0:
-            return
-        cost_s = self._pace.cost_s
-        spacing = None if cost_s is None else spacing_s(self._save_policy, cost_s)
-        if spacing is None or abs(spacing - self._told_spacing_s) <= _NEWS * self._told_spacing_s:
-            return
-        self._told_spacing_s = spacing
-        _logger.info(
-            "%s: a save takes %.3g s from the training; from now on one every %.3g s (%s)",
-            self.run.path,
-            cost_s,
-            spacing,
-            self._save_policy,
-        )
-
-    def _warm_up(self, writer: Writer) -> None:
-        """Once, when the optimizers have their state, have the memory made that the first save will need."""
-        if not self._warmed_up:
-            self._warmed_up = True
-            writer.warm_up(estimated_nbytes(self._training.state))
+    # ------------------------------------------------------------------------------------------- entering the block
 
     def _alike(self) -> dict[str, Any]:
         """The arguments that all processes must have been given alike."""
@@ -500,8 +310,30 @@ class Checkpointer:
             "override": [str(path) for path in self._resume.override],
         }
 
-    def _new_writer(self) -> Writer:
-        own = self.resumed_from if self._resumed_own else None
+    def _continue(self) -> Block:
+        """Resume, where there is something to resume from, and get ready to save."""
+        resumed = resume_run(
+            self.run, self._training.state, self._resume, self._keeper.policy, self._company, self._per_rank
+        )
+        run_id = self._company.decided("naming the run", lambda: resumed.run_id or secrets.token_hex(16))
+        self.resumed_from = resumed.checkpoint
+        self.report = resumed.report
+        self._training.begin(resumed.progress, resumed.checkpoint)
+        return Block(
+            self.run.path,
+            self._training,
+            self._company,
+            self._new_writer(own=resumed.checkpoint if resumed.run_id is not None else None),
+            self._save_policy,
+            self._keeper,
+            self._writing,
+            self._preemption,
+            run_id=run_id,
+            resumed_from=resumed.checkpoint,
+        )
+
+    def _new_writer(self, own: Checkpoint | None) -> Writer:
+        """A writer that may link the files of ``own``, a checkpoint of this run."""
         share = self._writing.share_unchanged
         return Writer(
             self.run,
@@ -512,26 +344,11 @@ class Checkpointer:
             guard=StepGuard(self._training.state) if self._writing.overlap else None,
         )
 
-    # -------------------------------------------------------------------------------------------------- resuming
-
-    def _continue(self) -> None:
-        resumed = resume_run(
-            self.run, self._training.state, self._resume, self._keeper.policy, self._company, self._per_rank
-        )
-        self._run_id = self._company.decided("naming the run", lambda: resumed.run_id or secrets.token_hex(16))
-        self._resumed_own = resumed.run_id is not None
-        self.resumed_from = resumed.checkpoint
-        self.report = resumed.report
-        self._training.begin(resumed.progress, resumed.checkpoint)
-
-    def _in_block(self) -> Writer:
-        if self._writer is None:
+    def _in_block(self) -> Block:
+        if self._block is None:
             raise UsageError("use the Checkpointer inside its block: with Checkpointer(...) as ckpt: ...")
-        if self._pid != os.getpid():
-            raise UsageError(
-                f"{self.run.path}: this process was forked from the one that writes the run, which alone can save."
-            )
-        return self._writer
+        self._block.check_process()
+        return self._block
 
 
 def _check_policies(save: object, keep: object) -> None:

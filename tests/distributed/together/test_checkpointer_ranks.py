@@ -196,9 +196,9 @@ def test_the_same_object_in_another_block(train: Make) -> None:
         kept[rank] = ckpt
         ckpt.step()
         ckpt.save()
-        ckpt._in_block().drain()
+        ckpt._in_block().writer.drain()
         ckpt._training.count(accumulating=False)
-        ckpt._unsaved = rank != 1
+        ckpt._in_block().unsaved = rank != 1
         raise KeyError("over")
 
     assert [type(result) for result in train(first)] == [KeyError] * 3
@@ -221,7 +221,7 @@ def test_a_save_that_fails(train: Make, names: Make, failing_writes: Make, faili
                 ckpt.step()
             except RankError as error:
                 raised.append(str(error))
-            ckpt._in_block().drain()
+            ckpt._in_block().writer.drain()
         return raised
 
     results = train(loop, save=Every(steps=2), background=background)
@@ -286,7 +286,7 @@ def test_staging_that_fails(train: Make, names: Make, monkeypatch: pytest.Monkey
 
     def loop(ckpt: Checkpointer, rank: int) -> str:
         ckpt.step()
-        ckpt._in_block().drain()
+        ckpt._in_block().writer.drain()
         with pytest.raises(RankError) as caught:
             ckpt.step()
         return str(caught.value)
@@ -331,7 +331,7 @@ def test_metrics_that_cannot_be_kept(train: Make, monkeypatch: pytest.MonkeyPatc
     def loop(ckpt: Checkpointer, rank: int) -> list[str]:
         ckpt.step()
         raised = []
-        ckpt._in_block().drain()
+        ckpt._in_block().writer.drain()
         for again in (lambda: ckpt.end_epoch({"loss": 1.0}), lambda: ckpt.end_epoch({"loss": 1.0}), ckpt.step):
             try:
                 again()
@@ -370,13 +370,13 @@ def test_one_that_is_interrupted_at_the_end(train: Make, monkeypatch: pytest.Mon
 
     def loop(ckpt: Checkpointer, rank: int) -> None:
         ckpt.step()
-        ckpt._unsaved = False
+        ckpt._in_block().unsaved = False
         if rank == leaving:
 
             def interrupted(timeout_s: float | None = None) -> None:
                 raise KeyboardInterrupt
 
-            monkeypatch.setattr(ckpt._in_block(), "drain", interrupted)
+            monkeypatch.setattr(ckpt._in_block().writer, "drain", interrupted)
 
     results = train(loop, timeout_s=60)
     assert type(results[leaving]) is KeyboardInterrupt
@@ -400,7 +400,8 @@ def test_one_whose_save_does_not_end(train: Make, monkeypatch: pytest.MonkeyPatc
     def loop(ckpt: Checkpointer, rank: int) -> None:
         ckpt.step()
         if rank == slow:
-            ckpt._writing = dataclasses.replace(ckpt._writing, drain_s=0.1)
+            block = ckpt._in_block()
+            block._writing = dataclasses.replace(block._writing, drain_s=0.1)
 
     results = train(loop, timeout_s=3, save=Every(steps=1), drain_s=2.0)
     go_on.set()

@@ -30,7 +30,7 @@ FLOORS = (
     ("run",),
     ("policies", "pace", "notices", "progress", "config"),
     ("company",),
-    ("preemption",),
+    ("preemption", "handle"),
     ("distributed",),
     ("resume", "writer", "loaders"),
     ("keeping", "training"),

@@ -14,13 +14,14 @@ import torch
 import holdfast
 from holdfast import Checkpoint, Run, SaveHandle
 from holdfast.errors import SaveTimeoutError, StorageError
+from holdfast.handle import SaveReport
 from holdfast.part import About
 from holdfast.state.capture import CapturedEntry, capture
 from holdfast.state.unchanged import Unchanged
 from holdfast.storage import memory
 from holdfast.storage.local import LocalStore
 from holdfast.storage.local_pending import LocalPending
-from holdfast.writer import SaveReport, Writer
+from holdfast.writer import Writer
 
 WAIT_S = 60.0
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint import Checkpoint, open  # noqa: A004 - the public name, used as holdfast.open
     from holdfast.checkpointer import Checkpointer
     from holdfast.format.codecs import register_codec
+    from holdfast.handle import SaveHandle, SaveReport
     from holdfast.loading import load, restore
     from holdfast.policies import Every, KeepBest, KeepEvery, KeepLast
     from holdfast.preemption import Preempted, Preemption
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from holdfast.run import Run
     from holdfast.saving import save
     from holdfast.state.report import RestoreReport
-    from holdfast.writer import SaveHandle, SaveReport
 
 _HOMES = {
     "Checkpoint": "checkpoint",
@@ -44,8 +44,8 @@ _HOMES = {
     "RestoreReport": "state.report",
     "Resume": "resume",
     "Run": "run",
-    "SaveHandle": "writer",
-    "SaveReport": "writer",
+    "SaveHandle": "handle",
+    "SaveReport": "handle",
     "load": "loading",
     "open": "checkpoint",
     "register_codec": "format.codecs",

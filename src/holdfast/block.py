@@ -9,11 +9,13 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.company import Call, Company, Due, Verdict
 from holdfast.errors import HoldfastError, UsageError
+from holdfast.handle import SaveHandle
 from holdfast.keeping import Keeper
 from holdfast.pace import Pace
 from holdfast.part import About
@@ -21,13 +23,39 @@ from holdfast.policies import Moment, SavePolicy, calm_steps, spacing_s
 from holdfast.preemption.leaving import PreemptionWatch, Saver
 from holdfast.state.kinds import estimated_nbytes
 from holdfast.training import Training
-from holdfast.writer import SaveHandle, Writer, Writing
+from holdfast.writer import Writer
 
 Event = Literal["step", "epoch", "batch"]
 
 _logger = logging.getLogger("holdfast")
 _OTHERS_MAY_BE_GONE_S = 30.0
 _NEWS = 0.25  # a distance between saves that changed by less is not worth a line
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a training loop saves: the arguments of :class:`holdfast.Checkpointer`, which say what they mean.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+
+    background: bool
+    overlap: bool
+    when_busy: str
+    share_unchanged: bool
+    drain_s: float
+
+    def __post_init__(self) -> None:
+        if self.overlap and not self.background:
+            raise UsageError(
+                "overlap=True: only saves in the background overlap; expected background=True.", key="overlap"
+            )
+        if self.when_busy not in ("wait", "skip"):
+            raise UsageError(f"when_busy=: expected 'wait' or 'skip', found {self.when_busy!r}.", key="when_busy")
+        seconds = self.drain_s
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise UsageError(f"drain_s=: expected a positive number of seconds, found {seconds!r}.", key="drain_s")
 
 
 class Block:

@@ -9,12 +9,13 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from holdfast.block import Block
+from holdfast.block import Block, Writing
 from holdfast.checkpoint import Checkpoint
 from holdfast.company import Alone, Company
 from holdfast.config import ConfigChange
 from holdfast.distributed.joining import company_of
 from holdfast.errors import UsageError
+from holdfast.handle import SaveHandle
 from holdfast.keeping import Keeper
 from holdfast.policies import Every, KeepLast, SavePolicy
 from holdfast.preemption import Preemption
@@ -26,7 +27,7 @@ from holdfast.state.guard import StepGuard
 from holdfast.state.report import RestoreReport
 from holdfast.state.unchanged import Unchanged
 from holdfast.training import Training
-from holdfast.writer import SaveHandle, Writer, Writing
+from holdfast.writer import Writer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

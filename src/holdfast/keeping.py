@@ -8,9 +8,9 @@ from typing import Any
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.errors import MissingMetricError
+from holdfast.handle import SaveHandle
 from holdfast.policies import ranking_metrics
 from holdfast.run import Retention, Run
-from holdfast.writer import SaveHandle
 
 _logger = logging.getLogger("holdfast")
 

@@ -1,4 +1,4 @@
-"""Saves under way: what a checkpointer hands over, and what it gets back."""
+"""Writes checkpoints one at a time, in the background."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from holdfast.checkpoint import Checkpoint
 from holdfast.collector import collector_paused
-from holdfast.company import Begin, Failed, Open, SaveUnderWay
-from holdfast.errors import SaveTimeoutError, StorageError, UsageError
+from holdfast.company import Begin, Failed, SaveUnderWay
+from holdfast.errors import SaveTimeoutError, StorageError
+from holdfast.handle import SaveHandle, Stopwatch
 from holdfast.run import Run
 from holdfast.storage.arena import Arena
 
@@ -30,176 +31,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("holdfast")
 _NICE = 10
 _WARM_UP_BYTES = 16 * 2**20  # less is made in no time
-
-
-@dataclass(frozen=True, slots=True)
-class SaveReport:
-    """What a save cost. All times in seconds.
-
-    Attributes:
-        step: optimizer steps done when it was saved.
-        mode: ``"background"``, ``"overlap"`` or ``"blocking"``.
-        stall_s: for how long the training stood still: in the call, and in the optimizer's step where that waited.
-        waited_s: of that, for an earlier save to end.
-        capture_s: describing the state.
-        plan_s: planning the files, and finding out what has not changed.
-        stage_s: copying the tensors to where the training cannot reach them; 0 where they were written from where
-            they are.
-        write_s: writing the data files until they were durable.
-        commit_s: the manifest, and the renaming that makes the checkpoint visible.
-        bytes_written: what was written.
-        bytes_linked: what had not changed and was not written again.
-    """
-
-    step: int
-    mode: str
-    stall_s: float
-    waited_s: float
-    capture_s: float
-    plan_s: float
-    stage_s: float
-    write_s: float
-    commit_s: float
-    bytes_written: int
-    bytes_linked: int
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes written per second of writing."""
-        return self.bytes_written / self.write_s if self.write_s else 0.0
-
-    def __str__(self) -> str:
-        linked = f", {self.bytes_linked / 1e6:.1f} MB linked" if self.bytes_linked else ""
-        return (
-            f"{self.bytes_written / 1e6:.1f} MB written at {self.bandwidth / 1e6:.0f} MB/s{linked}; {self.mode}: "
-            f"training stood still for {self.stall_s * 1e3:.1f} ms; staging {self.stage_s:.3f} s, "
-            f"writing {self.write_s:.3f} s, commit {self.commit_s:.3f} s"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Writing:
-    """How a training loop saves: the arguments of :class:`holdfast.Checkpointer`, which say what they mean.
-
-    Raises:
-        UsageError: they contradict each other.
-    """
-
-    background: bool
-    overlap: bool
-    when_busy: str
-    share_unchanged: bool
-    drain_s: float
-
-    def __post_init__(self) -> None:
-        if self.overlap and not self.background:
-            raise UsageError(
-                "overlap=True: only saves in the background overlap; expected background=True.", key="overlap"
-            )
-        if self.when_busy not in ("wait", "skip"):
-            raise UsageError(f"when_busy=: expected 'wait' or 'skip', found {self.when_busy!r}.", key="when_busy")
-        seconds = self.drain_s
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-            raise UsageError(f"drain_s=: expected a positive number of seconds, found {seconds!r}.", key="drain_s")
-
-
-class SaveHandle:
-    """A save under way. Safe to use from several threads."""
-
-    def __init__(self, step: int, future: Future[Checkpoint | Open], report: Callable[[], SaveReport]) -> None:
-        self.step = step
-        self._future = future
-        self._report = report
-        self._opened: Checkpoint | None = None
-
-    def done(self) -> bool:
-        """Whether the save has ended, well or not. Does not block."""
-        return self._future.done()
-
-    def failed(self) -> bool:
-        """Whether the save has ended and is not there. Does not block."""
-        return self._future.done() and self._future.exception() is not None
-
-    def result(self, timeout: float | None = None) -> Checkpoint:
-        """The committed checkpoint; blocks until it is durable.
-
-        Args:
-            timeout: seconds to wait at most.
-
-        Raises:
-            TimeoutError: the save is still under way after ``timeout``.
-            StorageError: the save failed; what was durable before is still there.
-            StrayWriteError: an overlapping save found that a tensor was written while it was copied.
-            RankError: another process of the training could not do its part of the save.
-        """
-        found = self._future.result(timeout)
-        if isinstance(found, Checkpoint):
-            return found
-        if self._opened is None:
-            self._opened = found()
-        return self._opened
-
-    def report(self, timeout: float | None = None) -> SaveReport:
-        """What the save cost; blocks until it is durable, and raises as :meth:`result` does."""
-        self._future.result(timeout)
-        return self._report()
-
-
-class _Costs:
-    """The parts of a save as they go by, seen from the training."""
-
-    def __init__(self, step: int, guard: StepGuard | None) -> None:
-        self.step = step
-        self.mode = "blocking"
-        self._guard = guard
-        self._start_s = time.perf_counter()
-        self._waited_s = 0.0
-        self._capture_s = 0.0
-        self._plan_s = 0.0
-        self._guarded_s = 0.0
-        self._stall_s: float | None = None
-        self._save: SaveUnderWay | None = None
-
-    def waited(self) -> None:
-        """The save before has ended."""
-        self._waited_s = time.perf_counter() - self._start_s
-
-    def captured(self) -> None:
-        """The state is described."""
-        self._capture_s = time.perf_counter() - self._start_s - self._waited_s
-
-    def planned(self, save: SaveUnderWay) -> None:
-        """The files are planned."""
-        self._save = save
-        self._plan_s = time.perf_counter() - self._start_s - self._waited_s - self._capture_s
-
-    def returned(self) -> None:
-        """The training goes on."""
-        self._stall_s = time.perf_counter() - self._start_s
-
-    def finished(self) -> None:
-        """It is durable, and no optimizer waits for it any more."""
-        if self.mode == "overlap" and self._guard is not None:
-            self._guarded_s = self._guard.waited_s
-
-    def report(self) -> SaveReport:
-        """What it was in all."""
-        assert self._save is not None
-        parts = self._save.costs
-        stall_s = time.perf_counter() - self._start_s if self._stall_s is None else self._stall_s
-        return SaveReport(
-            step=self.step,
-            mode=self.mode,
-            stall_s=stall_s + self._guarded_s,
-            waited_s=self._waited_s,
-            capture_s=self._capture_s,
-            plan_s=self._plan_s,
-            stage_s=parts.stage_s,
-            write_s=parts.write_s,
-            commit_s=parts.commit_s,
-            bytes_written=parts.bytes_written,
-            bytes_linked=parts.bytes_linked,
-        )
 
 
 class Writer:
@@ -249,7 +80,7 @@ class Writer:
             capture: captures the state; called when the save before has ended.
             about: what the checkpoint says of itself.
         """
-        costs = _Costs(about.step, self._guard)
+        costs = Stopwatch(about.step, self._guard)
         self.drain()
         costs.waited()
         handle = SaveHandle(about.step, Future(), costs.report)
@@ -334,7 +165,7 @@ class Writer:
 
         return Save(self._run.store, capture(), about, unchanged=self._unchanged)
 
-    def _stage(self, save: SaveUnderWay, costs: _Costs) -> bool:
+    def _stage(self, save: SaveUnderWay, costs: Stopwatch) -> bool:
         """Copy the state, as much of it as has to be; False where it must be written from where it is."""
         if self._arena is None:
             return False
@@ -379,7 +210,7 @@ class Writer:
         with contextlib.suppress(MemoryError):  # the save that needs it says so
             self._arena.reserve(nbytes)
 
-    def _finish(self, save: SaveUnderWay, handle: SaveHandle, costs: _Costs) -> None:
+    def _finish(self, save: SaveUnderWay, handle: SaveHandle, costs: Stopwatch) -> None:
         try:
             save.copy_rest()  # first, and as fast as it can: an optimizer may be waiting
             if threading.current_thread() is self._thread:

@@ -15,11 +15,11 @@ import torch
 from holdfast import Checkpoint, Checkpointer, Every, KeepLast, Preempted, Preemption, Run
 from holdfast.company import Asked
 from holdfast.errors import SaveTimeoutError, StorageError, UnsupportedValueError, UsageError
+from holdfast.handle import SaveReport
 from holdfast.notices import Notified
 from holdfast.preemption.leaving import PreemptionWatch, Saver
 from holdfast.storage.local import LocalStore
 from holdfast.storage.local_pending import LocalPending
-from holdfast.writer import SaveReport
 
 
 class Clock:

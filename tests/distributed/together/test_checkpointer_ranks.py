@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import holdfast
-from holdfast import Checkpointer
+from holdfast import Checkpoint, Checkpointer
 from holdfast.company import Alone
 from holdfast.distributed.group import Group
 from holdfast.distributed.share import SharedSave
@@ -432,10 +432,10 @@ def test_entering_fails_on_one(train: Make, monkeypatch: pytest.MonkeyPatch) -> 
     """The others do not wait for it at the first step."""
     original = Checkpointer._new_writer
 
-    def new_writer(ckpt: Checkpointer) -> Any:
+    def new_writer(ckpt: Checkpointer, own: Checkpoint | None) -> Any:
         if ckpt._company.rank == 1:
             raise UnsupportedValueError("no such thing")
-        return original(ckpt)
+        return original(ckpt, own)
 
     monkeypatch.setattr(Checkpointer, "_new_writer", new_writer)
     results = train(steps(1), timeout_s=60)

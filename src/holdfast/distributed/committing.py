@@ -141,8 +141,14 @@ def key_of(number: int, name: int | str) -> str:
     return f"save/{number}/{name}"
 
 
-def open_elsewhere(path: str, checkpoint_id: str, timeout_s: float) -> Checkpoint:
+def open_elsewhere(path: str, checkpoint_id: str, timeout_s: float, *, since_s: float | None = None) -> Checkpoint:
     """A checkpoint that another process committed: it may take a moment until another machine sees it.
+
+    Args:
+        path: where it is.
+        checkpoint_id: its id.
+        timeout_s: how long that may take.
+        since_s: from when on, by the monotonic clock: what is not there so long after the commit has been removed.
 
     Raises:
         RankTimeoutError: it did not come to be seen.
@@ -156,18 +162,22 @@ def open_elsewhere(path: str, checkpoint_id: str, timeout_s: float) -> Checkpoin
         return checkpoint
 
     try:
-        return seen_in_time(look, timeout_s)
+        return seen_in_time(look, timeout_s, since_s)
     except CheckpointNotFoundError as error:
         raise RankTimeoutError(
-            f"rank 0 sees {path}, and this process did not within {timeout_s:g} s: {error}. All processes of the "
-            "group have to see one file system.",
+            f"rank 0 committed {path}, and this process did not see it within {timeout_s:g} s: {error}. Either it has "
+            "been removed since, or the processes of the group do not see one file system.",
             path=path,
         ) from error
 
 
-def seen_in_time(look: Callable[[], T], timeout_s: float) -> T:
-    """What ``look`` finds, of what another machine made a moment ago: CheckpointNotFoundError when it never does."""
-    deadline_s = time.monotonic() + timeout_s
+def seen_in_time(look: Callable[[], T], timeout_s: float, since_s: float | None = None) -> T:
+    """What ``look`` finds, of what another machine made: now, or ``since_s``.
+
+    Raises:
+        CheckpointNotFoundError: it was not seen in time.
+    """
+    deadline_s = (time.monotonic() if since_s is None else since_s) + timeout_s
     while True:
         try:
             return look()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from holdfast.checkpoint import Checkpoint, reopen_checkpoint
@@ -159,7 +160,8 @@ class SharedSave:
             raise
         self._links.committed(name, report.files)
         path = os.path.join(self._store.path, name)
-        return lambda: open_elsewhere(path, self._identity.checkpoint_id, self._group.timeout_s)
+        checkpoint_id, timeout_s, now_s = self._identity.checkpoint_id, self._group.timeout_s, time.monotonic()
+        return lambda: open_elsewhere(path, checkpoint_id, timeout_s, since_s=now_s)
 
     def abort(self) -> None:
         """Give it up. What this process wrote is removed by the coordinator, if that lives."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -525,3 +527,22 @@ def test_another_checkpoint_under_the_name(tmp_path: Path) -> None:
     holdfast.save(tmp_path / "seen", {"x": 1})
     with pytest.raises(RankTimeoutError, match=r"it has the id [0-9a-f]{32}, expected 0{32}"):
         open_elsewhere(str(tmp_path / "seen"), "0" * 32, 0.1)
+
+
+def test_a_checkpoint_that_was_removed(
+    ranks: Make, cut: Any, captured: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for it long after the commit does not wait for it to be seen: another machine has had the time."""
+
+    def work(group: Group) -> Any:
+        saves = SharedSaves(group, range(2), LocalStore(tmp_path / "run"), {})
+        tensors = {"w": cut(values((8, 2)), sharded((8, 2), ranks=(0, 1)))}
+        return saves.begin(lambda: captured(tensors, group.rank), About(step=3)).finish(["step-000000000003"])
+
+    _, opens = ranks(2, timeout_s=2).run(work)
+    shutil.rmtree(tmp_path / "run")
+    later_s = time.monotonic() + 2
+    monkeypatch.setattr(time, "monotonic", lambda: later_s)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with pytest.raises(RankTimeoutError, match="Either it has been removed since"):
+        opens()

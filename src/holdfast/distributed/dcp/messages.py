@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from typing import Any
 
 import msgspec
 import torch.distributed as dist
 
-from holdfast.errors import UsageError
+from holdfast.distributed.messages import Mailbox, answering
+from holdfast.errors import RankError, UsageError
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -32,9 +32,9 @@ class Message(msgspec.Struct, frozen=True):
 
 def post(path: str, message: Message) -> None:
     """Tell the other ranks of the save to ``path``; where there are none, nobody."""
-    store = _store()
-    if store is not None:
-        store.set(_key(path), msgspec.json.encode(message).decode())
+    mailbox = _mailbox()
+    if mailbox is not None:
+        mailbox.send(_key(path), message)
 
 
 def fetch(path: str) -> Message:
@@ -43,29 +43,32 @@ def fetch(path: str) -> Message:
     Raises:
         UsageError: it saves to another path.
     """
-    store = _store()
-    if store is None or not store.check([_key(path)]):
+    mailbox = _mailbox()
+    if mailbox is None or not mailbox.has(_key(path)):
         raise UsageError(
             f"the coordinator does not save to {path}. Give the same path on every rank: one that all of them reach, "
             "in a file system that they share.",
             path=path,
         )
-    return msgspec.json.decode(store.get(_key(path)), type=Message)
+    return msgspec.convert(mailbox.read(_key(path)), Message)
 
 
 def withdraw(path: str) -> None:
     """Forget what was said of the save to ``path``: every rank has heard of it."""
-    with contextlib.suppress(dist.DistError):  # of a group that is gone, nobody asks any more
-        store = _store()
-        if store is not None:
-            store.delete_key(_key(path))
+    with contextlib.suppress(RankError):  # of a group that is gone, nobody asks any more
+        mailbox = _mailbox()
+        if mailbox is not None:
+            mailbox.forget([_key(path)])
 
 
-def _store() -> Any:
-    """A connection of its own: on a shared one, whoever waits for something keeps everybody else waiting."""
+def _mailbox() -> Mailbox | None:
+    """On a connection of its own: on a shared one, whoever waits for something keeps everybody else waiting."""
     if not dist.is_initialized():
         return None
-    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    rank = dist.get_rank()
+    with answering(rank):
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    return Mailbox(store, rank, dist.get_world_size(), 0)  # nobody waits
 
 
 def _key(path: str) -> str:

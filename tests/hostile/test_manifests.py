@@ -291,7 +291,7 @@ def test_what_a_reader_refuses_is_not_written(tmp_path: Path) -> None:
     for value, words in (
         ([0] * 500_000, "more than the 400000 that it may have; put large lists"),
         ([10**3999] * 1200, "long integers have"),
-        ("x" * 70_000_000, "more than the 67108864 that it may have"),
+        ("x" * 140_000_000, "more than the 134217728 that it may have"),
     ):
         with pytest.raises(UsageError, match=words) as caught:
             holdfast.save(tmp_path / "checkpoint", {"small": 1, "large": value})

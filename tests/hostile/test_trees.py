@@ -225,7 +225,7 @@ def test_as_much_as_is_allowed(attack: Any, harmless: Any, name: str, count: Cou
         (repeated(b"[]", 310_000), "of ',:[{' in its state, more than the 400000"),
         (repeated(b"9" * 4300, 1100), "long integers have"),
         (repeated(b'{"$int":"' + b"9" * 4000 + b'"}', 1200), "long integers have"),
-        (b'"' + b"x" * 2**26 + b'"', "more than the 67108864 that it may have"),
+        (b'"' + b"x" * 2**27 + b'"', "more than the 134217728 that it may have"),
     ],
     ids=["values", "integers", "integers in text", "bytes"],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import holdfast
 from holdfast.errors import UsageError
 from holdfast.format import safetensors
 from holdfast.state import plan as plans
@@ -56,6 +59,25 @@ def test_groups_get_files_of_their_own() -> None:
     }
     assert [file.still for file in plan.files] == [True, True, False]
     assert list(plan.indexes) == ["m.safetensors.index.json"]
+
+
+def test_many_tensors_get_several_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A header has room for so many names: the standard sharded layout, those that stay what they are apart."""
+    monkeypatch.setattr("holdfast.state.plan.MAX_TENSORS_A_FILE", 2)
+    state = {"model": {name: torch.full((2,), float(number)) for number, name in enumerate("abcde")}}
+    assert layouts(Planner().plan(captured(state), {"model": [frozenset("abd")]})) == {
+        "model-00001-of-00003.safetensors": ["a", "b"],
+        "model-00002-of-00003.safetensors": ["d"],
+        "model-00003-of-00003.safetensors": ["c", "e"],
+    }
+    holdfast.save(tmp_path / "x", state)
+    restored = {"model": {name: torch.zeros(2) for name in "abcde"}}
+    holdfast.restore(tmp_path / "x", restored)
+    assert [restored["model"][name].tolist() for name in "abcde"] == [[n, n] for n in range(5)]
+    index = json.loads((tmp_path / "x" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {
+        name: f"model-0000{n // 2 + 1}-of-00003.safetensors" for n, name in enumerate("abcde")
+    }
 
 
 def test_a_group_that_is_the_whole_entry() -> None:

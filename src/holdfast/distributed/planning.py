@@ -6,6 +6,7 @@ over them is known to each. So a plan takes time by tensors and by processes, no
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import data_file_name, index_name, shard_name
 from holdfast.format.records import Piece, TensorRecord
 from holdfast.state.capture import CapturedEntry, CapturedTensor
-from holdfast.state.plan import FilePlan, Plan, index_of, layout_of, records_of
+from holdfast.state.plan import MAX_TENSORS_A_FILE, FilePlan, Plan, in_files, index_of, layout_of, records_of
 from holdfast.state.sharding import Sharding
 from holdfast.state.unchanged import MIN_GROUP_BYTES
 
+_Kind = tuple[bool, int]
+"""Tensors that may lie in one file: whether they are expected to stay what they are, and of many of them, which."""
 SPLIT_BYTES = 256 * 2**20
 """Whole tensors of an entry lie in one file, unless they are more than this: then several processes write them."""
 
@@ -121,23 +124,23 @@ class _Sharing:
     load: list[int]
     first: Collection[str]
     whole: list[_File] = field(default_factory=list)
-    cells: dict[tuple[bool, int], _File] = field(default_factory=dict)
+    cells: dict[tuple[_Kind, int], _File] = field(default_factory=dict)
     loose: dict[str, list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
     _owners: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _chosen: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-    _known: dict[tuple[bool, int], bool] = field(default_factory=dict)
-    _still: frozenset[str] = frozenset()
+    _kinds: dict[str, _Kind] = field(default_factory=dict)
+    _known: dict[tuple[_Kind, int], bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tensors = self.content.tensors
         frozen = [name for name, tensor in tensors.items() if tensor.frozen]
-        if _nbytes(tensors[name] for name in frozen) >= MIN_GROUP_BYTES:
-            self._still = frozenset(frozen)
+        stay = frozenset(frozen if _nbytes(tensors[name] for name in frozen) >= MIN_GROUP_BYTES else ())
         whole = [name for name, tensor in tensors.items() if _is_whole(tensor)]
         for still in (True, False):
-            self._share_whole([name for name in whole if (name in self._still) is still], still)
+            self._share_whole([name for name in whole if (name in stay) is still], still)
         for number, (name, tensor) in enumerate(tensors.items()):
             if tensor.sharding is not None and not _is_whole(tensor):
+                self._kinds[name] = (name in stay, number // MAX_TENSORS_A_FILE)
                 self._share_cut(name, number, tensor.sharding)
         self._give_names()
 
@@ -148,24 +151,22 @@ class _Sharing:
 
     def of(self, rank: int) -> list[_File]:
         """The files that ``rank`` writes."""
-        return [file for file in self.whole if file.writer == rank] + [
-            self.cells[still, rank] for still in (True, False) if (still, rank) in self.cells
-        ]
+        return [file for file in (*self.whole, *self.cells.values()) if file.writer == rank]
 
     def cut_records(self, layouts: dict[str, tuple[str, ...]]) -> dict[str, TensorRecord]:
         """The records of tensors that are cut evenly; the layouts that they need are added."""
         records = {}
-        keys: dict[tuple[bool, tuple[int, ...]], str] = {}
+        keys: dict[tuple[_Kind, tuple[int, ...]], str] = {}
         for name, owners in self._owners.items():
             tensor = self.content.tensors[name]
             assert tensor.sharding is not None
             cell, _ = self.cuts.cells(tensor.sharding)
             assert cell is not None
-            still = name in self._still
-            key = keys.get((still, owners))
+            kind = self._kinds[name]
+            key = keys.get((kind, owners))
             if key is None:
-                key = keys[still, owners] = f"{self.entry}-{len(keys) + 1}"
-                layouts[key] = tuple(self.cells[still, owner].name for owner in owners)
+                key = keys[kind, owners] = f"{self.entry}-{len(keys) + 1}"
+                layouts[key] = tuple(self.cells[kind, owner].name for owner in owners)
             records[name] = msgspec.structs.replace(_record(tensor), cell=cell, layout=key)
         return records
 
@@ -174,9 +175,7 @@ class _Sharing:
         return {
             name: Loose(
                 _record(self.content.tensors[name]),
-                tuple(
-                    (self.cells[name in self._still, writer].name, offset, shape) for writer, offset, shape in pieces
-                ),
+                tuple((self.cells[self._kinds[name], writer].name, offset, shape) for writer, offset, shape in pieces),
             )
             for name, pieces in self.loose.items()
         }
@@ -189,15 +188,15 @@ class _Sharing:
         total = _nbytes(tensors[name] for name in names)
         parts = max(1, min(len(self.load), math.ceil(total / SPLIT_BYTES)))
         reached = 0
-        shares: list[set[str]] = [set() for _ in range(parts)]
+        shares: list[list[str]] = [[] for _ in range(parts)]
         for name in names:
             index = 0 if name in self.first else min(parts - 1, reached * parts // max(total, 1))
-            shares[index].add(name)
+            shares[index].append(name)
             reached += _nbytes([tensors[name]])
-        for share in filter(None, shares):
+        for share in itertools.chain.from_iterable(map(in_files, shares)):
             writer = 0 if not share.isdisjoint(self.first) else self.load.index(min(self.load))
             self.load[writer] += _nbytes(tensors[name] for name in share)
-            self.whole.append(_File(writer, share, still))
+            self.whole.append(_File(writer, set(share), still))
 
     def _share_cut(self, name: str, number: int, sharding: Sharding) -> None:
         """Each cell is written by one of those that have it, in turn."""
@@ -213,13 +212,13 @@ class _Sharing:
             if key not in self._chosen:
                 self._chosen[key] = tuple(self._one_of(holders, name, number) for holders in owners)
             writers = self._owners[name] = self._chosen[key]
-        still = name in self._still
-        if (still, id(writers)) not in self._known:
-            self._known[still, id(writers)] = self.rank in writers
+        kind = self._kinds[name]
+        if (kind, id(writers)) not in self._known:
+            self._known[kind, id(writers)] = self.rank in writers
             for writer in writers:
-                self.cells.setdefault((still, writer), _File(writer, set(), still))
-        if self._known[still, id(writers)]:
-            self.cells[still, self.rank].tensors.add(name)
+                self.cells.setdefault((kind, writer), _File(writer, set(), still=kind[0]))
+        if self._known[kind, id(writers)]:
+            self.cells[kind, self.rank].tensors.add(name)
 
     def _one_of(self, holders: Sequence[int], name: str, number: int) -> int:
         """Who of those that hold a part of a tensor writes it, as a place in the group: it may have only some."""
@@ -233,7 +232,8 @@ class _Sharing:
         return here[number % len(here)]
 
     def _give_names(self) -> None:
-        files = [*self.whole, *(self.cells[key] for key in sorted(self.cells, key=lambda key: (not key[0], key[1])))]
+        keys = sorted(self.cells, key=lambda key: (not key[0][0], key))  # what stays comes first
+        files = [*self.whole, *map(self.cells.__getitem__, keys)]
         for number, file in enumerate(files, 1):
             file.name = data_file_name(self.entry) if len(files) == 1 else shard_name(self.entry, number, len(files))
 

@@ -19,7 +19,7 @@ from holdfast.format.records import HEX, FileRecord, TensorRecord, check_file, c
 from holdfast.format.strict_json import cut, shown
 
 FORMAT = "holdfast/1"
-MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 128 * 2**20
 MAX_ANNOTATIONS_BYTES = 16 * 2**20
 MAX_MANIFEST_COST_BYTES = 192 * 2**20
 """What a manifest may take in memory, by the estimate of :func:`holdfast.format.strict_json.cost_bytes`."""
@@ -27,6 +27,8 @@ MAX_COST_A_BYTE = 16
 """A manifest that is large itself may take so many times its size: those of real checkpoints take seven to fourteen."""
 MAX_STATE_MARKS = 400_000
 """How many ``, : [ {`` the trees of a state may have together: AdamW on 20,000 parameters, decoded in half a second."""
+MIN_BYTES_A_STATE_MARK = 50
+"""A manifest that is large itself may have more, one for so many of its bytes: those of real checkpoints have 75."""
 MAX_ANNOTATIONS_COST_BYTES = 48 * 2**20
 MAX_FILES = 10_000
 # A value of the typed tree beside the JSON that it is decoded from: a mark of a tag may begin a deque, a byte of text
@@ -184,9 +186,8 @@ def _check_size(inner: bytes | memoryview) -> None:
     texts = [memoryview(getattr(parts, name)) for name in _Parts.__struct_fields__]
     state = memoryview(parts.state)
     marks = strict_json.marks(state)
-    _require(
-        marks <= MAX_STATE_MARKS, f"has {marks} of ',:[{{' in its state, more than the {MAX_STATE_MARKS} that it may"
-    )
+    most = max(MAX_STATE_MARKS, len(inner) // MIN_BYTES_A_STATE_MARK)
+    _require(marks <= most, f"has {marks} of ',:[{{' in its state, more than the {most} that it may")
     values_bytes = _VALUE_BYTES_A_BYTE * len(state) + _VALUE_BYTES_A_MARK * marks
     limit_bytes = max(MAX_MANIFEST_COST_BYTES, MAX_COST_A_BYTE * len(inner))
     _check_cost(sum(map(strict_json.cost_bytes, texts)) + values_bytes, limit_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -18,6 +18,8 @@ from holdfast.state.capture import CapturedEntry, CapturedTensor
 Groups = Mapping[str, Sequence[frozenset[str]]]
 """By entry, the names of tensors that get files of their own: those that are expected to stay what they are."""
 
+MAX_TENSORS_A_FILE = 25_000
+"""The header of a file names them all, and readers take no header that is too long: of more there are more files."""
 _NO_ID = "0" * 32
 _ID_KEY = "holdfast_checkpoint_id"
 _ID_AT = len(b"12345678" + b'{"__metadata__":{"holdfast_checkpoint_id":"')
@@ -117,9 +119,12 @@ def _make(captured: Mapping[str, CapturedEntry], groups: Groups) -> Plan:
 
 
 def _files(entry: str, content: CapturedEntry, groups: Sequence[frozenset[str]]) -> list[FilePlan]:
-    apart = frozenset().union(*groups)
-    rest = frozenset(content.tensors) - apart
-    parts = [(group, True) for group in groups] + ([(rest, False)] if rest else [])
+    rest = frozenset(content.tensors).difference(*groups)
+    parts = [
+        (part, still)
+        for group, still in [*((group, True) for group in groups), (rest, False)]
+        for part in in_files(name for name in content.tensors if name in group)
+    ]
     names = (
         [data_file_name(entry)]
         if len(parts) == 1
@@ -128,6 +133,14 @@ def _files(entry: str, content: CapturedEntry, groups: Sequence[frozenset[str]])
     return [
         FilePlan(name, entry, part, layout_of(content, part, still), still)
         for name, (part, still) in zip(names, parts, strict=True)
+    ]
+
+
+def in_files(names: Iterable[str]) -> list[frozenset[str]]:
+    """No more together than a file may hold."""
+    ordered = list(names)
+    return [
+        frozenset(ordered[begin : begin + MAX_TENSORS_A_FILE]) for begin in range(0, len(ordered), MAX_TENSORS_A_FILE)
     ]
 
 

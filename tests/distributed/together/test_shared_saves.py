@@ -101,6 +101,21 @@ def test_whatever_way_it_is_cut(
     assert stored < 4096 * len(checkpoint.files) + 3 * 4 * torch.Size(shape).numel() + 1, "something is there twice"
 
 
+def test_more_tensors_than_a_file_may_hold(
+    save: Make, whole: Make, cut: Any, captured: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole ones and parts of others lie in as many files as it takes."""
+    for module in ("state.plan", "distributed.planning"):
+        monkeypatch.setattr(f"holdfast.{module}.MAX_TENSORS_A_FILE", 3)
+    tensors = {f"w{n}": cut(values((8, 2), n), sharded((8, 2)) if n % 2 else None) for n in range(12)}
+    save(lambda rank: captured(tensors, rank))
+    checkpoint = whole()
+    names = [list(safe_open(Path(checkpoint.path) / file, "pt").keys()) for file in checkpoint.files]
+    assert max(map(len, names)) <= 3
+    for name, tensor in tensors.items():
+        assert checkpoint.read(f"model/{name}").tolist() == tensor.whole.tolist()
+
+
 def test_all_ways_together(save: Make, whole: Make, cut: Any, captured: Make) -> None:
     """One entry may hold tensors that are cut in different ways."""
     tensors = {how: cut(values((9, 6), n), SHARDINGS[how]((9, 6))) for n, how in enumerate(SHARDINGS)}

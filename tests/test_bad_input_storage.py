@@ -172,7 +172,7 @@ def test_something_else_in_the_place_of_a_file(saved: Path, file: str, kind: str
 def test_a_manifest_past_its_limit_is_not_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size is looked at before anything is read or parsed."""
     os.truncate(saved / "manifest.json", 2**40)  # sparse: reading it would take a terabyte
-    with pytest.raises(CorruptCheckpointError, match=r"has 1099511627776 bytes, more than the 67108864"):
+    with pytest.raises(CorruptCheckpointError, match=r"has 1099511627776 bytes, more than the 134217728"):
         holdfast.open(saved)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast import Checkpointer, Every, KeepLast, Run, checkpointer
+from holdfast import Checkpointer, Every, KeepLast, Run, block
 from holdfast.pace import Pace
 from holdfast.policies import daly_s
 from holdfast.writer import Writer
@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         clock.now_s += clock.save_s
         return save(self, *args)
 
-    monkeypatch.setattr(checkpointer, "Pace", functools.partial(Pace, clock))
+    monkeypatch.setattr(block, "Pace", functools.partial(Pace, clock))
     monkeypatch.setattr(Writer, "save", saving)
     return clock
 

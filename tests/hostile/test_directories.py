@@ -129,17 +129,17 @@ def test_what_is_no_directory(attack: Any, harmless: Any, tmp_path: Path, kind: 
 
 def test_a_manifest_that_is_a_hole(attack: Any, refused: Refused) -> None:
     """Of a file of any size that takes no room on the disk, the first bytes are looked at, and no more."""
-    for nbytes in (2**26, 2**40):
+    for nbytes in (2**27, 2**40):
         attack.file.unlink()
         with attack.file.open("wb") as file:
             file.truncate(nbytes)
-        refused(attack.path, "does not begin with" if nbytes == 2**26 else "more than the 67108864 that it may have")
+        refused(attack.path, "does not begin with" if nbytes == 2**27 else "more than the 134217728 that it may have")
 
 
 def test_a_hole_that_begins_like_a_manifest(attack: Any, refused: Refused) -> None:
     """As large as it may be: its checksum tells."""
     with attack.file.open("r+b") as file:
-        file.truncate(2**26)
+        file.truncate(2**27)
     refused(attack.path, "not a sealed manifest")
 
 

@@ -197,12 +197,12 @@ def test_a_failed_sync_is_not_tried_again(store: LocalStore, commit: Commit, sys
 
 
 def test_a_name_that_is_not_durable(store: LocalStore, image: Any, contents: Contents, system_calls: Any) -> None:
-    """The checkpoint can be seen, and stays: an error says that a power cut may undo it, not that nothing is there."""
+    """The checkpoint can be seen, and stays; an error says that it may not outlast a power cut."""
     lost = OSError(errno.EIO, os.strerror(errno.EIO))
     system_calls.fault = lambda name, index: lost if system_calls.trace[-1:] == [("renameat2", "TMP", ONE)] else None
     pending = store.create(1)
     pending.write_files({"model.safetensors": image(b"data")})
-    with pytest.raises(StorageError, match=f"may undo what can be seen already: .*{ONE}: Input/output"):
+    with pytest.raises(StorageError, match=f"durable, though it can be seen already, .*{ONE}: Input/output"):
         pending.commit(ONE, b"manifest")
     pending.abort()
     assert contents(store) == {ONE: whole()}

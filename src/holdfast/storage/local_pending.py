@@ -109,7 +109,7 @@ class LocalPending:
             self._sealed = True
 
     def _make_name_durable(self, final: str) -> None:
-        with storage_errors("a power cut may undo what can be seen already: cannot make durable the name of", final):
+        with storage_errors("cannot make durable, though it can be seen already,", final):
             durable.sync_directory(self._parent)
 
     def _close(self) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from holdfast.collector import collector_paused
 from holdfast.errors import CorruptCheckpointError, Damage, HoldfastError
 from holdfast.format import manifest as manifests
 from holdfast.format import tree
@@ -136,7 +137,7 @@ class Description:
     @functools.cached_property
     def manifest(self) -> Manifest:
         """The whole manifest; CorruptCheckpointError when it is not what a manifest has to be."""
-        with self._decoding():
+        with self._decoding(), collector_paused():
             return manifests.decode(self._data, os.path.join(self.path, MANIFEST), self._head)
 
     @property

@@ -100,16 +100,19 @@ def check_cells(tensors: Tensors, layouts: Layouts, files: Mapping[str, FileReco
     capacities = {name: _capacity(name, layout, files) for name, layout in layouts.items()}
     owners: dict[str, str] = {}  # by layout, the entry whose it is
     left_bytes = sum(file.bytes for file in files.values())
-    known: dict[object, str | None] = {}  # most tensors of a model are as others are
+    known: dict[object, tuple[str | None, int]] = {}  # most tensors of a model are as others are
     for entry, records in tensors.items():
         for name, record in records.items():
             if not (record.layout or record.cell):
                 continue
             kind = (record.dtype, record.shape, record.cell, record.layout, record.pieces)
-            problem = known[kind] if kind in known else known.setdefault(kind, _cells_problem(record, capacities))
+            if kind not in known:
+                problem = _cells_problem(record, capacities)
+                known[kind] = problem, 0 if problem else record.nbytes + _ENTRY_BYTES * count(record)
+            problem, weight_bytes = known[kind]
             if problem is None and owners.setdefault(record.layout, entry) != entry:
                 problem = f"its layout {shown(record.layout)} is one of {cut(owners[record.layout])}"
-            left_bytes -= 0 if problem else record.nbytes + _ENTRY_BYTES * count(record)
+            left_bytes -= weight_bytes
             if problem is None and left_bytes < 0:
                 problem = "the cells have more bytes than all files"
             if problem is not None:

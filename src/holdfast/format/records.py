@@ -106,10 +106,16 @@ def check_tensors(tensors: Mapping[str, Mapping[str, TensorRecord]], files: Mapp
     Those that are cut into cells are for :func:`holdfast.format.cells.check_cells` to look at further.
     """
     spans: _Spans = {name: [] for name in files}
+    sound: set[object] = set()  # most tensors of a model are as others are
     corners = 0
     for entry, records in tensors.items():
         for name, record in records.items():
-            problem = _tensor_problem(record, files, spans)
+            kind = (record.dtype, record.shape, record.memory_format)
+            problem = None if kind in sound else _tensor_problem(record)
+            if problem is None:
+                sound.add(kind)
+                if not (record.layout or record.cell):
+                    problem = _places_problem(record, files, spans)
             if problem is None and len(record.pieces) > 1:
                 corners += _corners(record)
                 problem = pieces_problem(record) if corners <= MAX_CORNERS else "is cut in too many dimensions"
@@ -122,14 +128,10 @@ def check_tensors(tensors: Mapping[str, Mapping[str, TensorRecord]], files: Mapp
                 raise ValueError(f"{file}: two tensors have the bytes {begin} to {end}")
 
 
-def _tensor_problem(record: TensorRecord, files: Mapping[str, FileRecord], spans: _Spans) -> str | None:
-    """What is wrong with a tensor's record, but for how its pieces fit together; notes where in its files it lies.
-
-    Says so in words only where something is: a run of a thousand checkpoints has half a million tensors to be listed.
-    """
+def _tensor_problem(record: TensorRecord) -> str | None:
+    """What is wrong with a tensor itself, wherever it lies."""
     shape = record.shape
-    dtype = DTYPES.get(record.dtype)
-    if dtype is None:
+    if record.dtype not in DTYPES:
         return f"unknown dtype {shown(record.dtype)}"
     if not is_shape(shape):
         return f"impossible shape {shown(shape)}"
@@ -137,14 +139,15 @@ def _tensor_problem(record: TensorRecord, files: Mapping[str, FileRecord], spans
         return f"unknown memory format {shown(record.memory_format)}"
     if _MEMORY_FORMATS[record.memory_format] not in (None, len(shape)):
         return f"{record.memory_format} of shape {shape}"
-    if record.layout or record.cell:
-        return None
-    return _places_problem(record, dtype.itemsize, files, spans)
+    return None
 
 
-def _places_problem(record: TensorRecord, itemsize: int, files: Mapping[str, FileRecord], spans: _Spans) -> str | None:
-    """Why the pieces do not lie in their tensor and files."""
-    shape = record.shape
+def _places_problem(record: TensorRecord, files: Mapping[str, FileRecord], spans: _Spans) -> str | None:
+    """Why the pieces do not lie in their tensor and files; notes where they lie.
+
+    Says so in words only where something is: a run of a thousand checkpoints has half a million tensors to be listed.
+    """
+    shape, itemsize = record.shape, DTYPES[record.dtype].itemsize
     if not record.pieces:
         return "has no pieces"
     whole = len(record.pieces) == 1

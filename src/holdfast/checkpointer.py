@@ -320,6 +320,8 @@ class Checkpointer:
         self.resumed_from = resumed.checkpoint
         self.report = resumed.report
         self._training.begin(resumed.progress, resumed.checkpoint)
+        if resumed.checkpoint is not None:
+            self._company.resumed(self.run, self._training.state)
         return Block(
             self.run.path,
             self._training,

@@ -142,6 +142,9 @@ class Company(Protocol):
     def exit(self, run: Run, error: BaseException | None) -> None:
         """Let go of it; ``error`` is what leaves the block."""
 
+    def resumed(self, run: Run, state: Mapping[str, Any]) -> None:
+        """They go on with a state that was restored: warns of what will not be as in one process that never ended."""
+
     def decided(self, what: str, decide: Callable[[], Any]) -> Any:
         """What one of them decides, in what JSON can say. All raise what ``decide`` raises."""
 
@@ -184,6 +187,9 @@ class Alone:
     def exit(self, run: Run, error: BaseException | None) -> None:
         """See :class:`Company`."""
         run.store.release()
+
+    def resumed(self, run: Run, state: Mapping[str, Any]) -> None:
+        """See :class:`Company`."""
 
     def decided(self, what: str, decide: Callable[[], Any]) -> Any:
         """See :class:`Company`."""

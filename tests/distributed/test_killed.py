@@ -17,10 +17,10 @@ from holdfast import Run
 
 KINDS = {"step": 1.0, "forward": 1.0, "disk": 3.0, "message": 3.0}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp, 4 ranks": (4, {"layout": "ddp", "batch_norm": True}),
+    "fsdp, 2 ranks": (2, {"layout": "fsdp"}),
     "ddp, 2 ranks": (2, {"layout": "ddp", "batch_norm": True}),
     "fsdp, 4 ranks": (4, {"layout": "fsdp"}),
-    "ddp, 4 ranks": (4, {"layout": "ddp"}),
-    "fsdp, 2 ranks": (2, {"layout": "fsdp"}),
     "tp, 2 ranks": (2, {"layout": "tp"}),
     "hsdp, 4 ranks": (4, {"layout": "hsdp"}),
     "fsdp and tp, 4 ranks": (4, {"layout": "fsdp+tp"}),

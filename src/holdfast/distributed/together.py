@@ -17,6 +17,7 @@ from holdfast.distributed.committing import open_elsewhere
 from holdfast.distributed.group import Group, again
 from holdfast.distributed.messages import Failure, rank_error
 from holdfast.distributed.reading_once import ReadOnce
+from holdfast.distributed.replicas import reordering
 from holdfast.distributed.rhythm import Rhythm
 from holdfast.distributed.saving import SharedSaves
 from holdfast.errors import CorruptCheckpointError, RankError, RanksDifferError
@@ -116,6 +117,18 @@ class Together:
             _logger.debug("%s", gone)
         finally:
             run.store.release()
+
+    def resumed(self, run: Run, state: Mapping[str, Any]) -> None:
+        """See :class:`holdfast.company.Company`."""
+        names = reordering(state) if self.rank == 0 else []
+        if names:
+            _logger.warning(
+                "%s: DistributedDataParallel adds the gradients of more than two ranks in another order in the first "
+                "step of a process (%s): the last bits will not be those of a training without an interruption. "
+                "DistributedDataParallel(..., find_unused_parameters=True) keeps one order. See docs/distributed.md.",
+                run.path,
+                ", ".join(names),
+            )
 
     # ------------------------------------------------------------------------------------------------ decisions
 

@@ -140,9 +140,7 @@ class Unchanged:
                 names.setdefault(record.pieces[0].file, set()).add(name)
             # What may have moved lies in the last file. Where there is one file only, all of it may stand still. Of
             # files that are full nobody knows why there are several.
-            files = [
-                file for file in sorted(names)[: max(1, len(names) - 1)] if len(names[file]) < MAX_TENSORS_A_FILE
-            ]
+            files = [file for file in sorted(names)[: max(1, len(names) - 1)] if len(names[file]) < MAX_TENSORS_A_FILE]
             known = _Entry()
             for file in files:
                 group = frozenset(names[file])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from holdfast.distributed.replicas import authoritative
+from holdfast.distributed.replicas import authoritative, reordering
 
 
 @pytest.fixture
@@ -58,6 +59,25 @@ def test_ddp_in_a_container(wrap: Any) -> None:
     """The path to it is a part of the names."""
     found = authoritative({"nets": {"student": wrap(net()), "teacher": net()}})
     assert found == {"nets": {f"student.{name}" for name in BUFFERS}}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "unused", "static", "found"),
+    [
+        (4, False, False, ["nets.student.1"]),
+        (2, False, False, []),
+        (4, True, False, []),
+        (4, True, True, ["nets.student.1"]),
+    ],
+)
+def test_gradients_that_are_summed_in_another_order(
+    wrap: Any, ranks: int, unused: bool, static: bool, found: list[str]
+) -> None:
+    """By more than two ranks whose buckets change after the first step."""
+    parallel = wrap(net(), find_unused_parameters=unused)
+    parallel.static_graph = static
+    parallel.process_group = SimpleNamespace(size=lambda: ranks)
+    assert reordering({"nets": {"student": nn.Sequential(nn.Linear(2, 2), parallel), "teacher": net()}}) == found
 
 
 def test_what_is_no_module() -> None:

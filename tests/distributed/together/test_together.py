@@ -44,6 +44,18 @@ def meet(ranks: Make, call: Callable[[int], Call], due: Due = NOTHING, size: int
 # ------------------------------------------------------------------------------------------------------- what all do
 
 
+def test_gradients_that_will_be_summed_in_another_order(
+    ranks: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 says so, with what to do."""
+    monkeypatch.setattr("holdfast.distributed.together.reordering", lambda state: list(state))
+    ranks(3).run(lambda group: together(group).resumed(Run(tmp_path), {"model": 1}))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "(model): the last bits" in record.getMessage()
+    assert "find_unused_parameters=True" in record.getMessage()
+
+
 def test_nothing(ranks: Make) -> None:
     """There is nothing to do."""
     assert meet(ranks, lambda rank: Call("step", 1, 0)) == [Verdict()] * 3

@@ -83,8 +83,9 @@ def alone(model: Small) -> Laid:
 
 
 def ddp(model: Small) -> Laid:
-    """Replicated; gradients are averaged."""
-    return Laid(DistributedDataParallel(model), model, dist.get_rank(), dist.get_world_size())
+    """Replicated; gradients are averaged, in the same order in each step of a process."""
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    return Laid(parallel, model, dist.get_rank(), dist.get_world_size())
 
 
 def fsdp(model: Small) -> Laid:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from holdfast import Checkpointer, Every, KeepLast
 from holdfast.errors import HoldfastError
@@ -73,6 +74,10 @@ def resume(directory: Path, **arguments: Any) -> dict[str, Any]:
 
 
 def _came_to(training: Training) -> dict[str, Any]:
+    if isinstance(training.model, DistributedDataParallel):
+        # The buffers of rank 0 count, as from the next forward on: whoever ended after a restart has them already.
+        for buffer in training.model.buffers():
+            dist.broadcast(buffer, 0)
     own_value = training.state.get("own")
     told = {} if own_value is None else {"own value": own_value.value}
     return told | {"gathered": training.gathered(), "own": training.own()}

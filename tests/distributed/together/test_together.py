@@ -48,7 +48,7 @@ def test_gradients_that_will_be_summed_in_another_order(
     ranks: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rank 0 says so, with what to do."""
-    monkeypatch.setattr("holdfast.distributed.together.reordering", lambda state: list(state))
+    monkeypatch.setattr("holdfast.distributed.together.reordering", list)
     ranks(3).run(lambda group: together(group).resumed(Run(tmp_path), {"model": 1}))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING

@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks import raw
 from benchmarks.files import forget_cache, remove, sync, warm_cache
 from holdfast.distributed import HoldfastReader, HoldfastWriter
 
@@ -35,6 +36,8 @@ COLUMNS = 1024
 MIB_A_TENSOR = 8
 SMALL_TENSORS = 32
 HOLDFAST = "holdfast"
+RAW = "*raw: O_DIRECT*"
+"""What the disk gives one process without any file format, where it takes such writes and reads."""
 MEASURES = ("durable save", "hot load", "cold load", "hot load, cut otherwise")
 Samples = dict[str, dict[str, list[float]]]
 """A measure, then who, to one figure a round, in seconds."""
@@ -89,7 +92,20 @@ def measure(mib: int, rounds: int, directory: Path) -> Samples:
                 samples[measure][name].append(figure)
             if dist.get_rank() == 0:
                 remove(path)
+        for measure, figure in _raw(directory / "raw", mib * 2**20).items():
+            samples[measure].setdefault(RAW, []).append(figure)
     return samples
+
+
+def _raw(path: Path, nbytes: int) -> dict[str, float]:
+    """What rank 0 finds that the disk can do, while the others wait; nothing elsewhere."""
+    figures: dict[str, float | None] = {}
+    if dist.get_rank() == 0:
+        os.sync()
+        figures = {"durable save": raw.direct_write(path, nbytes), "cold load": raw.direct_read(path, nbytes)}
+        path.unlink(missing_ok=True)
+    dist.barrier()
+    return {measure: figure for measure, figure in figures.items() if figure is not None}
 
 
 def _turn(peer: Peer, path: Path, saved: Any, room: Any, columns: Any) -> dict[str, float]:

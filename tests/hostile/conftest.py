@@ -284,22 +284,23 @@ def _attempt(name: str, path: Path, watch: _Watch, may_s: float) -> tuple[str, s
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + may_s) + 5, resource.RLIM_INFINITY))
     signal.setitimer(signal.ITIMER_PROF, may_s)
     signal.alarm(WALL_S)
-    try:
-        result = READERS[name](path)
-        seen = list(watch.seen)
-        message = str(result) if isinstance(result, int) else ""
-        del result
-    except _TooLongError:
-        pass
-    except BaseException as caught:  # noqa: BLE001 - what it may be is what is tested
-        seen = list(watch.seen)  # without what is opened to show it
-        error, message = type(caught).__name__, str(caught)[:2000]
-        if not isinstance(caught, HoldfastError):
-            error, message = f"foreign {error}", traceback.format_exc()[-1500:]
-        del caught
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.alarm(0)
+    with contextlib.suppress(_TooLongError):  # it may come at any moment, also while an error is looked at
+        try:
+            result = READERS[name](path)
+            seen = list(watch.seen)
+            message = str(result) if isinstance(result, int) else ""
+            del result
+        except _TooLongError:
+            pass
+        except BaseException as caught:  # noqa: BLE001 - what it may be is what is tested
+            seen = list(watch.seen)  # without what is opened to show it
+            error, message = type(caught).__name__, str(caught)[:2000]
+            if not isinstance(caught, HoldfastError):
+                error, message = f"foreign {error}", traceback.format_exc()[-1500:]
+            del caught
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.alarm(0)
     if _expired:
         error, message = "too long", f"more than {may_s:.1f} s of CPU time, or {WALL_S} s"
     return error, message, seen

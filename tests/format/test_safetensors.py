@@ -158,6 +158,9 @@ def test_the_header_must_be_given_whole() -> None:
 
 @given(st.binary(max_size=200))
 def test_noise_is_a_value_error(noise: bytes) -> None:
-    """Random bytes never raise anything else, and never parse."""
-    with pytest.raises(ValueError, match=r".+"):
-        parse(image(noise))
+    """Random bytes never raise anything else, and hold no tensor where they happen to be a header, such as ``{}``."""
+    try:
+        layout = parse(image(noise))
+    except ValueError:
+        return
+    assert layout.tensors == ()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import (
@@ -132,6 +133,22 @@ def test_a_training_moves_between_numbers_of_processes(
     for kind, count in others:
         after = on_ranks(count, lambda rank, kind=kind, count=count: load(tmp_path / "c", kind, count))
         assert all(equal(before[0], found) for found in after)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("fsdp2", 2), ("ddp", 2), ("plain", 1)])
+def test_more_tensors_than_a_file_may_hold(
+    kind: str, size: int, on_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank writes as many files as it takes."""
+    monkeypatch.setattr("holdfast.state.plan.MAX_TENSORS_A_FILE", 3)
+    [before, *_] = on_ranks(size, lambda rank: save(tmp_path / "c", kind, size))
+    checkpoint = holdfast.open(tmp_path / "c")
+    checkpoint.verify()
+    data = [name for name in checkpoint.files if name.endswith(".safetensors")]
+    assert len(data) > 2 * size
+    assert max(len(load_file(tmp_path / "c" / name)) for name in data) <= 3
+    [after] = on_ranks(1, lambda rank: load(tmp_path / "c", "plain", 1))
+    assert equal(after, before)
 
 
 def test_the_training_goes_on_in_one_process(on_ranks: Any, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from holdfast.format.names import data_file_name, shard_name
 from holdfast.format.records import FileRecord, Piece, TensorRecord
 from holdfast.state.capture import CapturedTensor
 from holdfast.state.image import StateImage
+from holdfast.state.plan import in_files
 from holdfast.state.tensors import check_tensor, is_flat, memory_format, tensor_address
 from holdfast.storage.store import PendingCheckpoint
 
@@ -38,11 +39,14 @@ class Share:
     world_size: int
     alone: frozenset[str]
 
-    def file_name(self, entry: str) -> str:
-        """The file of the tensors of ``entry`` that this rank writes."""
-        if entry in self.alone or self.world_size == 1:
-            return data_file_name(entry)
-        return shard_name(entry, self.rank + 1, self.world_size)
+    def file_names(self, entry: str, count: int) -> list[str]:
+        """The names of so many files of the tensors of ``entry`` that this rank writes; no other has any of them."""
+        if entry not in self.alone and self.world_size > 1:
+            numbers = range(self.rank + 1, count * self.world_size + 1, self.world_size)
+            return [shard_name(entry, number, count * self.world_size) for number in numbers]
+        if count == 1:
+            return [data_file_name(entry)]
+        return [shard_name(entry, number, count) for number in range(1, count + 1)]
 
 
 @dataclass(slots=True)
@@ -107,12 +111,15 @@ def write(
             contents.setdefault(place.entry, _Content()).add_box(item, place, _tensor_of(item, planner))
     images = {}
     for entry, content in contents.items():
-        if content.tensors:
-            name = share.file_name(entry)
-            layout = safetensors.plan(content.stored(), {"holdfast_checkpoint_id": checkpoint_id, "format": "pt"})
-            image = images[name] = StateImage(layout, content.tensors)
+        parts = in_files(content.tensors)
+        places: dict[str, tuple[str, int]] = {}
+        for name, part in zip(share.file_names(entry, len(parts)), parts, strict=True):
+            tensors = {tensor: value for tensor, value in content.tensors.items() if tensor in part}
+            layout = safetensors.plan(_stored(tensors), {"holdfast_checkpoint_id": checkpoint_id, "format": "pt"})
+            image = images[name] = StateImage(layout, tensors)
             image.settle()
-            content.report(written, entry, name, {tensor.name: tensor.begin for tensor in layout.tensors})
+            places.update({tensor.name: (name, tensor.begin) for tensor in layout.tensors})
+        content.report(written, entry, places)
     written.files = pending.write_files(images)
     return written
 
@@ -186,8 +193,15 @@ def _is_empty_part(item: WriteItem) -> bool:
     return data is not None and 0 in data.chunk.sizes and 0 not in data.size
 
 
+def _stored(tensors: Mapping[str, CapturedTensor]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """What a layout is planned from."""
+    for name, tensor in tensors.items():
+        dtype = DTYPES[tensor.dtype]
+        yield name, dtype.code, dtype.stored_shape(tensor.shape)
+
+
 class _Content:
-    """The tensors of one file, by their names in it."""
+    """What a rank writes of an entry: tensors, by the names that they have in its files."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, CapturedTensor] = {}
@@ -217,19 +231,13 @@ class _Content:
         )
         self._boxes[name] = item.index.fqn, () if whole else tuple(item.tensor_data.chunk.offsets)
 
-    def stored(self) -> Iterable[tuple[str, str, tuple[int, ...]]]:
-        """What a layout is planned from."""
-        for name, tensor in self.tensors.items():
-            dtype = DTYPES[tensor.dtype]
-            yield name, dtype.code, dtype.stored_shape(tensor.shape)
-
-    def report(self, written: Written, entry: str, file: str, begins: dict[str, int]) -> None:
-        """Note in ``written`` what lies where."""
+    def report(self, written: Written, entry: str, places: Mapping[str, tuple[str, int]]) -> None:
+        """Note in ``written`` what lies where: by name, in which file and where in it."""
         records = {
             name: TensorRecord(
                 dtype=tensor.dtype,
                 shape=tensor.shape,
-                pieces=(Piece(file=file, name=name, begin=begins[name], shape=tensor.shape),),
+                pieces=(Piece(places[name][0], name, places[name][1], tensor.shape),),
                 memory_format=tensor.memory_format,
                 device=tensor.device,
             )

@@ -80,6 +80,33 @@ def test_many_tensors_get_several_files(monkeypatch: pytest.MonkeyPatch, tmp_pat
     }
 
 
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (["a" * 8, "b" * 8, "c" * 8], [2, 1]),
+        (["ä" * 2, "b" * 2, "c"], [1, 2]),
+        (["\n" * 2, "b" * 2, "c"], [1, 2]),
+        (["a" * 50, "b"], [1, 1]),
+        ([], []),
+    ],
+    ids=["long", "wide", "escaped", "too long", "none"],
+)
+def test_long_names_get_several_files(names: list[str], files: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many names as fit; those that take more memory than bytes count three times."""
+    monkeypatch.setattr(plans, "MAX_NAMES_BYTES", 20)
+    assert list(map(len, plans.in_files(names))) == files
+
+
+def test_as_much_as_a_header_may_have() -> None:
+    """A file that is full by either measure has a header that readers take."""
+    long = [f"{'x' * 170}{number:06d}" for number in range(plans.MAX_TENSORS_A_FILE)]
+    wide = [f"{'ä' * 40}{number:06d}" for number in range(plans.MAX_TENSORS_A_FILE)]
+    for names in (long, wide):
+        first, *_ = plans.in_files(names)
+        layout = safetensors.plan(((name, "F32", (1024, 1024, 1024)) for name in names if name in first), {})
+        assert len(layout.prefix) <= safetensors.MAX_HEADER_BYTES
+
+
 def test_a_group_that_is_the_whole_entry() -> None:
     """Keeps the plain name, and needs no index."""
     plan = Planner().plan(captured({"m": {"a": torch.zeros(1)}}), {"m": [frozenset("a")]})

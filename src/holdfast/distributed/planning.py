@@ -19,7 +19,7 @@ from holdfast.format.dtypes import DTYPES
 from holdfast.format.names import data_file_name, index_name, shard_name
 from holdfast.format.records import Piece, TensorRecord
 from holdfast.state.capture import CapturedEntry, CapturedTensor
-from holdfast.state.plan import MAX_TENSORS_A_FILE, FilePlan, Plan, in_files, index_of, layout_of, records_of
+from holdfast.state.plan import FilePlan, Plan, in_files, index_of, layout_of, records_of
 from holdfast.state.sharding import Sharding
 from holdfast.state.unchanged import MIN_GROUP_BYTES
 
@@ -135,12 +135,13 @@ class _Sharing:
         tensors = self.content.tensors
         frozen = [name for name, tensor in tensors.items() if tensor.frozen]
         stay = frozenset(frozen if _nbytes(tensors[name] for name in frozen) >= MIN_GROUP_BYTES else ())
-        whole = [name for name, tensor in tensors.items() if _is_whole(tensor)]
         for still in (True, False):
-            self._share_whole([name for name in whole if (name in stay) is still], still)
+            alike = [name for name in tensors if (name in stay) is still]
+            self._share_whole([name for name in alike if _is_whole(tensors[name])], still)
+            cut = in_files(name for name in alike if not _is_whole(tensors[name]))
+            self._kinds.update((name, (still, number)) for number, names in enumerate(cut) for name in names)
         for number, (name, tensor) in enumerate(tensors.items()):
-            if tensor.sharding is not None and not _is_whole(tensor):
-                self._kinds[name] = (name in stay, number // MAX_TENSORS_A_FILE)
+            if tensor.sharding is not None and name in self._kinds:
                 self._share_cut(name, number, tensor.sharding)
         self._give_names()
 

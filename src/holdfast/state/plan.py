@@ -18,8 +18,10 @@ from holdfast.state.capture import CapturedEntry, CapturedTensor
 Groups = Mapping[str, Sequence[frozenset[str]]]
 """By entry, the names of tensors that get files of their own: those that are expected to stay what they are."""
 
-MAX_TENSORS_A_FILE = 25_000
+MAX_TENSORS_A_FILE = 45_000
 """The header of a file names them all, and readers take no header that is too long: of more there are more files."""
+MAX_NAMES_BYTES = 8 * 2**20
+"""Likewise, of all their names together; names that are not plain ASCII count three times."""
 _NO_ID = "0" * 32
 _ID_KEY = "holdfast_checkpoint_id"
 _ID_AT = len(b"12345678" + b'{"__metadata__":{"holdfast_checkpoint_id":"')
@@ -137,11 +139,18 @@ def _files(entry: str, content: CapturedEntry, groups: Sequence[frozenset[str]])
 
 
 def in_files(names: Iterable[str]) -> list[frozenset[str]]:
-    """No more together than a file may hold."""
-    ordered = list(names)
-    return [
-        frozenset(ordered[begin : begin + MAX_TENSORS_A_FILE]) for begin in range(0, len(ordered), MAX_TENSORS_A_FILE)
-    ]
+    """The names of tensors, no more of them together than a file may hold."""
+    files: list[list[str]] = []
+    left_bytes = 0
+    for name in names:
+        written = msgspec.json.encode(name)
+        nbytes = len(written) if written.isascii() and b"\\" not in written else 3 * len(written)
+        if not files or len(files[-1]) >= MAX_TENSORS_A_FILE or nbytes > left_bytes:
+            files.append([])
+            left_bytes = MAX_NAMES_BYTES
+        files[-1].append(name)
+        left_bytes -= nbytes
+    return [frozenset(file) for file in files]
 
 
 def layout_of(content: CapturedEntry, names: Container[str], still: bool) -> Layout:

@@ -14,7 +14,7 @@ from holdfast.checkpoint import Checkpoint
 from holdfast.format.records import FileRecord
 from holdfast.state.capture import CapturedEntry, CapturedTensor
 from holdfast.state.image import StateImage
-from holdfast.state.plan import MAX_TENSORS_A_FILE, FilePlan, Plan, Planner
+from holdfast.state.plan import FilePlan, Plan, Planner, in_files
 from holdfast.state.tensors import tensor_version
 
 MIN_GROUP_BYTES = 2**20
@@ -138,9 +138,10 @@ class Unchanged:
             names: dict[str, set[str]] = {}
             for name, record in records.items():
                 names.setdefault(record.pieces[0].file, set()).add(name)
-            # What may have moved lies in the last file. Where there is one file only, all of it may stand still. Of
-            # files that are full nobody knows why there are several.
-            files = [file for file in sorted(names)[: max(1, len(names) - 1)] if len(names[file]) < MAX_TENSORS_A_FILE]
+            if len(in_files(records)) > 1:
+                continue  # there are several because they are many
+            # What may have moved lies in the last file. Where there is one file only, all of it may stand still.
+            files = sorted(names)[: max(1, len(names) - 1)]
             known = _Entry()
             for file in files:
                 group = frozenset(names[file])

@@ -105,8 +105,7 @@ def test_more_tensors_than_a_file_may_hold(
     save: Make, whole: Make, cut: Any, captured: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole ones and parts of others lie in as many files as it takes."""
-    for module in ("state.plan", "distributed.planning"):
-        monkeypatch.setattr(f"holdfast.{module}.MAX_TENSORS_A_FILE", 3)
+    monkeypatch.setattr("holdfast.state.plan.MAX_TENSORS_A_FILE", 3)
     tensors = {f"w{n}": cut(values((8, 2), n), sharded((8, 2)) if n % 2 else None) for n in range(12)}
     save(lambda rank: captured(tensors, rank))
     checkpoint = whole()

@@ -24,8 +24,15 @@ _FEW = 16  # parts; to look at more of them one by one takes longer than to gath
 class Segment(Protocol):
     """The bytes of a tensor that does not lie in the CPU's memory as it does in the file."""
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+
     def gather(self, offset: int, address: int, nbytes: int) -> None:
-        """Put ``nbytes`` of them, from ``offset``, to where ``address`` says. Called from several threads."""
+        """Put ``nbytes`` of them, from ``offset``, to where ``address`` says. Called from several threads.
+
+        They are whole elements: see :func:`_gather`.
+        """
 
 
 class StateImage:
@@ -113,7 +120,7 @@ class StateImage:
             if isinstance(source, int):
                 memory.copy(address + low, source + low - start, nbytes)
             else:
-                source.gather(low - start, address + low, nbytes)
+                _gather(source, low - start, address + low, nbytes)
         return room
 
 
@@ -121,6 +128,18 @@ def _source(value: torch.Tensor | np.ndarray[Any, Any]) -> int | Segment:
     if isinstance(value, np.ndarray):
         return int(value.ctypes.data) if value.flags.c_contiguous else _Array(value)
     return value.data_ptr() if is_flat(value) else _Tensor(value)
+
+
+def _gather(source: Segment, offset: int, address: int, nbytes: int) -> None:
+    """Gather any bytes of ``source``: what begins or ends within an element, by way of all of its elements."""
+    before, after = offset % source.itemsize, -(offset + nbytes) % source.itemsize
+    if not before and not after:
+        source.gather(offset, address, nbytes)
+        return
+    room = memoryview(bytearray(before + nbytes + after))
+    whole = memory.address_of(room)
+    source.gather(offset - before, whole, len(room))
+    memory.copy(address, whole + before, nbytes)
 
 
 class _Tensor:
@@ -131,8 +150,12 @@ class _Tensor:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
 
+    @property
+    def itemsize(self) -> int:
+        return self._tensor.element_size()
+
     def gather(self, offset: int, address: int, nbytes: int) -> None:
-        size = self._tensor.element_size()
+        size = self.itemsize
         room = torch.frombuffer(memory.view_at(address, nbytes), dtype=self._tensor.dtype)
         for view in elements(self._tensor, offset // size, (offset + nbytes) // size):
             count = view.numel()
@@ -148,8 +171,12 @@ class _Array:
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self._array = array
 
+    @property
+    def itemsize(self) -> int:
+        return self._array.itemsize
+
     def gather(self, offset: int, address: int, nbytes: int) -> None:
-        size = self._array.itemsize
+        size = self.itemsize
         room = np.frombuffer(memory.view_at(address, nbytes), self._array.dtype)
         for view in elements(self._array, offset // size, (offset + nbytes) // size):
             np.copyto(room[: view.size].reshape(view.shape), view)

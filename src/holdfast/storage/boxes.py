@@ -79,7 +79,7 @@ class _ElementSink:
         raise NotImplementedError
 
     def _take_torn(self, offset: int, data: memoryview) -> None:
-        """Part of an element whose rest is in another chunk. No file of ours has one: all elements are aligned."""
+        """Part of an element whose rest is in another chunk: of complex128, which is stored as pairs of eight bytes."""
         index, within = divmod(offset, self._itemsize)
         with self._lock:
             element, missing = self._torn.setdefault(index, (bytearray(self._itemsize), [self._itemsize]))

@@ -330,6 +330,10 @@ def _watched(path: Path, names: Collection[str], answers: io.TextIOBase) -> None
         for _ in range(ATTEMPTS):
             if error != "too long":
                 break
+            gc.collect()  # what the attempt before left
+            if trim is not None:
+                trim(0)
+            peak = measured and _peak_is_known()
             slower = max(1.0, min(_unit_s() for _ in range(3)) / UNIT_S)
             error, message, seen = _attempt(name, path, watch, CPU_S * slower)
         growth_bytes = _status_bytes("VmHWM") - before_bytes if peak else 0

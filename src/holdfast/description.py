@@ -53,7 +53,7 @@ class Description:
     """
 
     def __init__(self, path: str, head: Head, annotations: Annotations, data: bytes) -> None:
-        self.path = path
+        self._path = path
         self.name = os.path.basename(path)
         self._head = head
         self._annotations = annotations
@@ -61,6 +61,11 @@ class Description:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, step={self.step}, epoch={self.epoch})"
+
+    @property
+    def path(self) -> str:
+        """The directory of the checkpoint."""
+        return self._path
 
     @property
     def step(self) -> int:

@@ -318,22 +318,24 @@ def _watched(path: Path, names: Collection[str], answers: io.TextIOBase) -> None
     measured = _peak_is_known()
     before_bytes = _status_bytes("VmRSS")
     sys.addaudithook(watch)
-    for name in names:
+
+    def fresh() -> bool:
+        """Give back what the attempt before left, and count the peak from here; whether that can be."""
         gc.collect()
         if trim is not None:
             trim(0)
+        return measured and _peak_is_known()
+
+    for name in names:
         watch.seen.clear()
         answers.write(json.dumps({"begun": name}) + "\n")
         answers.flush()
-        peak = measured and _peak_is_known()
+        peak = fresh()
         error, message, seen = _attempt(name, path, watch, CPU_S)
         for _ in range(ATTEMPTS):
             if error != "too long":
                 break
-            gc.collect()  # what the attempt before left
-            if trim is not None:
-                trim(0)
-            peak = measured and _peak_is_known()
+            peak = fresh()
             slower = max(1.0, min(_unit_s() for _ in range(3)) / UNIT_S)
             error, message, seen = _attempt(name, path, watch, CPU_S * slower)
         growth_bytes = _status_bytes("VmHWM") - before_bytes if peak else 0
